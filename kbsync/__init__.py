@@ -1,0 +1,1 @@
+"""kbsync keeps the facts inside a language model fresh."""

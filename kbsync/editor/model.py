@@ -1,0 +1,142 @@
+"""A language model as the editor sees it: where its parts are (`ModelSpec`) and the loaded thing (`Base`).
+
+Orientation is carried by the spec and never guessed from shapes: a Linear stores [d, f], GPT-2's Conv1D [f, d];
+everything in kbsync speaks of an edited matrix as [d, f] = [d_out, d_in].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from kbsync.errors import ModelError
+
+__all__ = ["FAMILIES", "Base", "ModelSpec", "choose_device", "load_base"]
+
+Orientation = Literal["linear", "conv1d"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Module paths of one architecture. `layer` and `down` have one `{}` for the layer index, counted from 0."""
+
+    family: str
+    layer: str
+    down: str
+    embedding: str
+    final_norm: str
+    head: str
+    orientation: Orientation
+
+    def down_name(self, layer: int) -> str:
+        """The module path of the MLP's down-projection W_l at `layer`."""
+        return self.down.format(layer)
+
+
+_LLAMA = ("model.layers.{}", "model.layers.{}.mlp.down_proj", "model.embed_tokens", "model.norm", "lm_head")
+FAMILIES: dict[str, ModelSpec] = {
+    "llama": ModelSpec("llama", *_LLAMA, "linear"),
+    "mistral": ModelSpec("mistral", *_LLAMA, "linear"),
+    "qwen2": ModelSpec("qwen2", *_LLAMA, "linear"),
+    "gpt2": ModelSpec(
+        "gpt2",
+        "transformer.h.{}",
+        "transformer.h.{}.mlp.c_proj",
+        "transformer.wte",
+        "transformer.ln_f",
+        "lm_head",
+        "conv1d",
+    ),
+}
+"""Model families by `config.model_type`. Others are refused: a wrong guess would damage the model silently."""
+
+
+@dataclass(slots=True)
+class Base:
+    """A loaded model with its tokenizer. Weights are those of the checkpoint unless `versions` put others in."""
+
+    network: Any
+    tokenizer: Any
+    spec: ModelSpec
+    fingerprint: str
+    device: torch.device
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.network.config.num_hidden_layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are served in."""
+        return self.weight(self.spec.down_name(0)).dtype
+
+    def module(self, name: str) -> nn.Module:
+        """The module at a dotted path. Raises AttributeError where there is none."""
+        found: nn.Module = self.network.get_submodule(name)
+        return found
+
+    def layer(self, index: int) -> nn.Module:
+        """Transformer block `index`, counted from 0."""
+        return self.module(self.spec.layer.format(index))
+
+    def weight(self, name: str) -> Tensor:
+        """The matrix of module `name` as a view [d_out, d_in], whatever way round it is stored."""
+        stored: Tensor = self.network.get_parameter(f"{name}.weight").detach()
+        return stored.T if self.spec.orientation == "conv1d" else stored
+
+    @torch.no_grad()
+    def set_weight(self, name: str, matrix: Tensor) -> None:
+        """Put `matrix` [d_out, d_in] (cast to the stored dtype and device) into module `name`, in place."""
+        self.weight(name).copy_(matrix)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` is cuda where there is one, else cpu. Raises ModelError for a device that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {wanted}: no CUDA device on this machine", hint="set `device: auto` in kbsync.yaml")
+    return device
+
+
+def spec_of(model_type: str) -> ModelSpec:
+    """The spec of a `config.model_type`. Raises ModelError for an unknown family."""
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(
+            f"model family {model_type!r} is not known to the editor",
+            hint=f"use one of these families: {known}",
+        )
+    return FAMILIES[model_type]
+
+
+def load_base(folder: Path, *, fingerprint: str, device: str = "auto", dtype: str = "auto") -> Base:
+    """Load a checkpoint folder (safetensors only, no remote code) in eval mode without gradients.
+
+    `dtype`: auto (the checkpoint's), float32, bfloat16, float16, float64. Raises ModelError for quantised weights,
+    a slow tokenizer (its offsets cannot be trusted) and unknown families.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{folder}: the weights are quantised", hint="use the unquantised checkpoint of this model")
+    spec = spec_of(config.model_type)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder}: no fast tokenizer", hint="add tokenizer.json to the model's folder")
+    network: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    where = choose_device(device)
+    network.to(where).eval().requires_grad_(False)
+    return Base(network=network, tokenizer=tokenizer, spec=spec, fingerprint=fingerprint, device=where)

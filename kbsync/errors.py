@@ -1,0 +1,134 @@
+"""The exception tree. Each error is one line that names the file, line, key or fact, and a hint: what to do next.
+
+KbsyncError                     exit 1
+├── UsageError                  exit 2   the command cannot be meant this way
+│   ├── ConfigError             exit 2   kbsync.yaml, a source or a policy is wrong (file, line, key, value)
+│   └── ModelError              exit 2   the model cannot be edited or is not there
+├── SourceError                 a source could not be read; the ledger is as it was
+│   ├── SourceUnavailable       may work later (timeout, 5xx, 429); retry_after in seconds
+│   ├── SourceBlocked           the source refuses us (403); not asked again before a cooldown has passed
+│   └── SourceInvalid           the answer is not what was declared (cut, wrong type, wrong header)
+├── LedgerError                 the ledger cannot be opened or is damaged
+├── StoreError                  a delta, manifest or HEAD is missing or damaged
+│   └── BaseMismatch            the base model is not the one that the versions were made on
+├── EditError                   the engine refuses: subject not found, solve not accurate, not finite
+├── Busy                        another process holds the workspace
+├── Cancelled                   stopped on request; put back for the next pass
+├── Held                        exit 3   waits for `kbsync approve` or `kbsync reject`
+└── GateRejected                exit 4   edited, probed, and not good enough to publish
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = [
+    "BaseMismatch",
+    "Busy",
+    "Cancelled",
+    "ConfigError",
+    "EditError",
+    "GateRejected",
+    "Held",
+    "KbsyncError",
+    "LedgerError",
+    "ModelError",
+    "SourceBlocked",
+    "SourceError",
+    "SourceInvalid",
+    "SourceUnavailable",
+    "StoreError",
+    "UsageError",
+]
+
+
+class KbsyncError(Exception):
+    """What a user is told in one line, with the next command as the hint."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(KbsyncError):
+    """The command cannot be meant this way."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A file of the workspace is wrong. `line` counts from 1; 0 where the file has no such line."""
+
+    def __init__(self, problem: str, *, file: Path | str, line: int = 0, key: str = "", hint: str = "") -> None:
+        place = f"{file}:{line}" if line else str(file)
+        super().__init__(f"{place}: {key}: {problem}" if key else f"{place}: {problem}", hint=hint)
+        self.file = Path(file)
+        self.line = line
+        self.key = key
+
+
+class ModelError(UsageError):
+    """The model is absent, of an unknown family, quantised, or has no preset."""
+
+
+class SourceError(KbsyncError):
+    """A source could not be read. The ledger is unchanged."""
+
+    def __init__(self, source: str, problem: str, *, hint: str = "") -> None:
+        super().__init__(f"source {source}: {problem}", hint=hint)
+        self.source = source
+
+
+class SourceUnavailable(SourceError):
+    """The source may answer later; `retry_after` is its own wish in seconds, or None."""
+
+    def __init__(self, source: str, problem: str, *, retry_after: float | None = None, hint: str = "") -> None:
+        super().__init__(source, problem, hint=hint)
+        self.retry_after = retry_after
+
+
+class SourceBlocked(SourceError):
+    """The source refuses this client. Asking again at once would make it worse."""
+
+
+class SourceInvalid(SourceError):
+    """The answer is not what the source file declares, or not whole."""
+
+
+class LedgerError(KbsyncError):
+    """The ledger cannot be opened, is damaged, or is newer than this kbsync."""
+
+
+class StoreError(KbsyncError):
+    """A delta, a manifest or HEAD is missing, damaged or inconsistent."""
+
+
+class BaseMismatch(StoreError):
+    """The base model's fingerprint is not the one recorded with the versions."""
+
+
+class EditError(KbsyncError):
+    """The engine refuses an edit rather than damage the model."""
+
+
+class Busy(KbsyncError):
+    """Another process holds the workspace's lock."""
+
+
+class Cancelled(KbsyncError):
+    """Stopped on request (a rollback, SIGTERM); the next pass plans the work again."""
+
+
+class Held(KbsyncError):
+    """A guard stopped the run; a person decides."""
+
+    exit_code = 3
+
+
+class GateRejected(KbsyncError):
+    """The edit was made and probed, and is not good enough to publish."""
+
+    exit_code = 4

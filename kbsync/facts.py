@@ -1,0 +1,239 @@
+"""The words of kbsync as frozen values: what a source says (Claim), what the policy accepted (Fact), what the
+model is asked to learn (EditRequest). Nothing here reads or writes anything.
+
+Identity is by id: an `Entity.id` is `space:local` (`wikidata:Q937`, `hip:27989`); the label is only how it is written.
+Times are timezone-aware UTC `datetime`s; dates that a source gives are kept as the ISO 8601 text it gave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, NamedTuple
+
+__all__ = [
+    "Applied",
+    "Change",
+    "ChangeKind",
+    "Claim",
+    "Conflict",
+    "ConflictKind",
+    "EditRequest",
+    "Entity",
+    "Fact",
+    "FactKey",
+    "FactStatus",
+    "Hold",
+    "HoldReason",
+    "Provenance",
+    "QuarantinedRow",
+    "Rank",
+    "Snapshot",
+    "digest_of",
+]
+
+Rank = Literal["preferred", "normal", "deprecated"]
+FactStatus = Literal["live", "withdrawn"]
+ChangeKind = Literal["added", "changed", "removed", "withdrawn", "restored", "relabelled"]
+HoldReason = Literal["rollback", "revert", "probe", "manual"]
+ConflictKind = Literal["rows", "sources", "ambiguous", "prompt", "inverse"]
+
+
+def digest_of(value: object) -> str:
+    """sha256 (64 hex digits) of a JSON value in canonical form: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Entity:
+    """A thing: `id` is `space:local` and decides identity, `label` is how it is written in a prompt."""
+
+    id: str
+    label: str
+
+
+class FactKey(NamedTuple):
+    """(relation, subject id): what may have at most one live object (MEMIT Eqn 5). Sorts and hashes as a tuple."""
+
+    relation: str
+    subject: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one source says, and where exactly. `origin` is the row or statement: `line 7`, `wds:Q42-…`.
+
+    `seen` counts the consecutive accepted fetches that said it; a connector leaves it at 1, the ledger fills it in.
+    """
+
+    source: str
+    relation: str
+    subject: Entity
+    object: Entity
+    origin: str
+    rank: Rank = "normal"
+    start: str | None = None
+    end: str | None = None
+    seen: int = 1
+
+    @property
+    def key(self) -> FactKey:
+        """The (relation, subject) that the claim is about."""
+        return FactKey(self.relation, self.subject.id)
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinedRow:
+    """A row that cannot be used: where, why, what it said. `subject_id` where it could be read: then the subject
+    still counts as present in the snapshot, so that nothing of it is withdrawn."""
+
+    origin: str
+    reason: str
+    raw: str
+    subject_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a snapshot came from: URL or path, when, HTTP status (200 for files), sha256 of the body, validators."""
+
+    location: str
+    fetched_at: datetime
+    status: int
+    body_sha256: str
+    etag: str | None = None
+    last_modified: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a source said in one fetch. `complete`: a subject that is absent is withdrawn; otherwise it means
+    nothing. `not_modified`: the source vouched (HTTP 304) that nothing changed since the validators given; then
+    `claims` and `quarantined` are empty and mean nothing."""
+
+    source: str
+    relation: str
+    provenance: Provenance
+    claims: Sequence[Claim]
+    quarantined: Sequence[QuarantinedRow] = ()
+    complete: bool = True
+    not_modified: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows read, good and quarantined."""
+        return len(self.claims) + len(self.quarantined)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """The claim that the policy accepted for a key. `withdrawn`: the source no longer says it and the policy keeps it.
+    `source` and `origin` name the claim behind it (for an inverse fact, the claim behind its origin)."""
+
+    relation: str
+    subject: Entity
+    object: Entity
+    source: str
+    origin: str
+    status: FactStatus = "live"
+
+    @property
+    def key(self) -> FactKey:
+        """The (relation, subject) that the fact is about."""
+        return FactKey(self.relation, self.subject.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Claims that cannot all be true (Eqn 5). Blocks only its own key, which keeps its last accepted fact."""
+
+    key: FactKey
+    kind: ConflictKind
+    claims: tuple[Claim, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A difference between two states of the ledger for one key; `before`/`after` are None where there was no fact."""
+
+    key: FactKey
+    kind: ChangeKind
+    before: Fact | None
+    after: Fact | None
+    at: datetime | None = None
+    run_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EditRequest:
+    """What the model is asked to learn: after `prompt` (which contains `subject` exactly once) comes `target`.
+
+    Plain text, rendered: nothing in it is a template any more. `paraphrases` are for probing only, never for z,
+    and so are no part of the digest.
+    """
+
+    key: FactKey
+    prompt: str
+    subject: str
+    target: str
+    paraphrases: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def digest(self) -> str:
+        """What counts as the same request: sha256 over rendered prompt, subject text and object text."""
+        return digest_of([self.prompt, self.subject, self.target])
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON value that `from_json` reads back."""
+        return {
+            "relation": self.key.relation,
+            "subject_id": self.key.subject,
+            "prompt": self.prompt,
+            "subject": self.subject,
+            "target": self.target,
+            "paraphrases": list(self.paraphrases),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, object]) -> EditRequest:
+        """The inverse of `to_json`. Raises KeyError where a field is missing."""
+        paraphrases = value["paraphrases"]
+        if not isinstance(paraphrases, list):
+            raise TypeError("paraphrases must be a list of strings")
+        return cls(
+            key=FactKey(str(value["relation"]), str(value["subject_id"])),
+            prompt=str(value["prompt"]),
+            subject=str(value["subject"]),
+            target=str(value["target"]),
+            paraphrases=tuple(str(text) for text in paraphrases),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A request that a version's weights hold: which column of which delta put it there, and for which object."""
+
+    request: EditRequest
+    object_id: str
+    delta: str
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A key frozen for one model at what HEAD held for it (`frozen`; None: nothing), and the change held out.
+
+    `held_out` is the object id that is kept out of the weights; None where a retraction is kept out. The hold ends by
+    `release`, or when the source gives a third object (neither the frozen nor the held-out one).
+    """
+
+    key: FactKey
+    frozen: Applied | None
+    held_out: str | None
+    reason: HoldReason
+    evidence: str

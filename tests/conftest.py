@@ -1,0 +1,35 @@
+"""Fixtures that every test may use: the device, optional real data, a clean environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def shared_data(name: str) -> Path:
+    """A file or folder of the optional development data; skips the test where it is absent."""
+    path = SHARED_DATA / name
+    if not path.exists():
+        pytest.skip(f"development data {name} is not beside the checkout; ends when ../shared/data has it")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the developer's own shell never reach a test."""
+    for name in [name for name in os.environ if name.startswith("KBSYNC_") and name != "KBSYNC_CACHE"]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device that the engine must run on."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine; ends on a machine that has one")
+    return str(request.param)
