@@ -1,0 +1,86 @@
+"""What the parent asks of the child process that edits, and what it answers: plain values, JSON over a pipe.
+
+Torch-free, so that the daemon can speak it without loading a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from kbsync.editor.preset import Preset
+from kbsync.facts import EditRequest
+from kbsync.versions.manifest import ActiveDelta
+
+__all__ = ["EditJob", "EditResult", "FailedFact"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class EditJob(_Value):
+    """One edit: take columns out of the deltas of a version, teach new requests, write and probe the outcome.
+
+    Paths are absolute. `active` are the deltas of the version that the edit starts from, whose recorded hash is
+    `weights_sha256` (None for a version whose hash is not known yet: the pristine base before its first edit).
+    `excluded` gives, for each delta that is to stay, all columns that are to be left out of it.
+    """
+
+    model_path: str
+    fingerprint: str
+    device: str
+    dtype: str
+    max_gpu_memory: str | None = None
+    preset: Preset
+    deltas: str
+    targets: str
+    active: tuple[ActiveDelta, ...]
+    weights_sha256: str | None
+    excluded: dict[str, tuple[int, ...]]
+    requests: tuple[dict[str, Any], ...]
+    """Edit requests as JSON (`EditRequest.to_json`), one column each in this order."""
+    skip_known: tuple[str, ...] = ()
+    """Digests of requests that are left out where the base already answers them."""
+    retained: tuple[dict[str, Any], ...] = ()
+    """Live facts of earlier versions to probe again."""
+    controls: str | None = None
+    """A file of control subjects; None: the shipped common-knowledge prompts."""
+    control_prompt: str | None = None
+    """The relation's prompt template, for the subjects of `controls`."""
+    synced_subjects: tuple[str, ...] = ()
+
+    def edit_requests(self) -> list[EditRequest]:
+        """The requests as values."""
+        return [EditRequest.from_json(value) for value in self.requests]
+
+    def retained_requests(self) -> list[EditRequest]:
+        """The retained facts as values."""
+        return [EditRequest.from_json(value) for value in self.retained]
+
+
+class FailedFact(_Value):
+    """A request that the edited weights do not answer, with what they answer instead."""
+
+    digest: str
+    evidence: str
+
+
+class EditResult(_Value):
+    """What the child made. `columns` are the digests of the new delta's columns in order; without new columns `delta`
+    is None. The files named are on disk and fsynced; nothing is published yet."""
+
+    active: tuple[ActiveDelta, ...]
+    modules: tuple[str, ...]
+    dtype: str
+    weights_sha256: str
+    base_weights_sha256: str
+    delta: str | None
+    columns: tuple[str, ...]
+    failed: tuple[FailedFact, ...]
+    known: dict[str, bool]
+    probe: dict[str, Any]
+    numerics: dict[str, Any]
+    seconds: dict[str, float]
+    libraries: dict[str, str]
