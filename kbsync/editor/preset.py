@@ -1,0 +1,120 @@
+"""Presets: the editor's settings for one model, measured and kept in a YAML file with the scores they reached.
+
+Hyperparameters do not transfer between models (λ = 15,000 suits GPT-J and ruins SmolLM2-135M), so a model without a
+preset is refused. Torch-free. Source of the settings: Meng et al. 2022, arXiv 2210.07229, and its authors' code.
+
+    preset = load_preset("smollm2-135m")        # packaged, or a path to a YAML file
+    preset.layers, preset.covariance_weight
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from kbsync.errors import ConfigError, ModelError
+from kbsync.facts import digest_of
+
+__all__ = ["Preset", "load_preset", "packaged_presets"]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Preset(BaseModel):
+    """Settings of MEMIT for one model. Layer indices count from 0; the deepest edited layer L is `layers[-1]`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    """R, ascending: the layers whose down-projection is edited."""
+    covariance_weight: Positive
+    """λ of Eqn 15: how much the keys of ordinary text count against those of the edits."""
+    clamp: Positive
+    """Largest ‖δ‖ as a share of ‖h‖ at the lookup token."""
+    rate: Positive
+    """Adam's learning rate for δ."""
+    steps: Count
+    """Losses computed per fact; the last one is followed by no update."""
+    weight_decay: NotNegative = 0.5
+    """Weight of ‖δ‖/‖h‖² in the loss."""
+    kl_weight: NotNegative = 0.0625
+    """Weight of the KL term that keeps what the subject is ("{subject} is a")."""
+    stop_loss: NotNegative = 0.05
+    """A fact is done when its loss is below this; 0 means never before `steps`."""
+    key_average: Literal["half_empty", "mean"] = "half_empty"
+    """Half the bare prompt's key and half the mean of the other contexts', or the plain mean of all (Eqn 19)."""
+    corpus: Annotated[str, Field(pattern=r"^(self|file:.+|hf:.+)$")] = "self"
+    """Text for C_l: `self` (sampled from the model), `file:PATH`, `hf:DATASET`."""
+    sample_tokens: Count = 20_000
+    """Tokens of the corpus that the covariances are estimated from."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the contexts and of the self-sampled corpus."""
+    token_budget: Count
+    """Tokens in flight in one batch of target optimisation: bounds memory and does not change the result."""
+    chat_context: bool
+    """One more context: a neutral user turn, with the prompt at the start of the assistant's."""
+    scores: dict[str, Any] = {}
+    """What these settings measured, on what, when."""
+    note: str = ""
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if list(layers) != sorted(set(layers)):
+            raise ValueError("must ascend without repetition")
+        return layers
+
+    @property
+    def target_digest(self) -> str:
+        """sha256 of what a target vector depends on, apart from the model and the request: the z cache's key."""
+        names = ("clamp", "rate", "steps", "weight_decay", "kl_weight", "stop_loss", "seed", "chat_context")
+        return digest_of({"layer": self.layers[-1]} | {name: getattr(self, name) for name in names})
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all settings: everything but the name, the scores and the note."""
+        return digest_of(self.model_dump(mode="json", exclude={"name", "scores", "note"}))
+
+
+def packaged_presets() -> list[str]:
+    """Names of the presets that come with kbsync, sorted."""
+    folder = resources.files("kbsync.editor") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name_or_path: str | Path) -> Preset:
+    """The packaged preset of that name, or the one in a YAML file (anything that ends in .yaml).
+
+    Raises ModelError where there is no such preset, ConfigError (file, key) where the file is wrong.
+    """
+    text = str(name_or_path)
+    if text.endswith(".yaml"):
+        if not (path := Path(text)).is_file():
+            raise ModelError(f"preset {path}: no such file", hint="correct `preset:` in kbsync.yaml")
+        return _parse(path.read_text(encoding="utf-8"), path)
+    if text not in (known := packaged_presets()):
+        raise ModelError(
+            f"no preset for model {text!r} (packaged: {', '.join(known)}); settings of another model would ruin it",
+            hint="measure settings for this model, write them to a YAML file, name it as `preset:` in kbsync.yaml",
+        )
+    with resources.as_file(resources.files("kbsync.editor") / "presets" / f"{text}.yaml") as path:
+        return _parse(path.read_text(encoding="utf-8"), path)
+
+
+def _parse(text: str, path: Path) -> Preset:
+    try:
+        return Preset.model_validate(YAML(typ="safe", pure=True).load(text))
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError("not valid YAML", file=path, line=mark.line + 1 if mark else 0) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(first["msg"], file=path, key=".".join(map(str, first["loc"]))) from error

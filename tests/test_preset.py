@@ -1,0 +1,96 @@
+"""Presets: packaged and from files, refused when wrong, and with digests that see what they must."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from kbsync.editor.preset import Preset, load_preset, packaged_presets
+from kbsync.errors import ConfigError, ModelError
+
+SETTINGS: dict[str, Any] = {
+    "name": "tiny",
+    "layers": (1, 2),
+    "covariance_weight": 10.0,
+    "clamp": 0.75,
+    "rate": 0.5,
+    "steps": 5,
+    "token_budget": 512,
+    "chat_context": False,
+}
+
+
+@pytest.mark.parametrize("name", packaged_presets())
+def test_packaged_preset_loads(name: str) -> None:
+    preset = load_preset(name)
+    assert preset.name == name
+
+
+def test_unknown_model_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ModelError, match="no preset for model 'gpt-99'") as caught:
+        load_preset("gpt-99")
+    assert "preset:" in caught.value.hint
+
+
+def test_missing_preset_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"mine\.yaml: no such file"):
+        load_preset(tmp_path / "mine.yaml")
+
+
+def test_preset_file_with_unknown_key_names_file_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nlayers: [1]\nlambda: 3\ncovariance_weight: 3\nclamp: 1\nrate: 1\nsteps: 2\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*(lambda|token_budget)"):
+        load_preset(path)
+
+
+def test_preset_file_that_is_no_yaml_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nlayers: [1\nclamp: }\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml:\d"):
+        load_preset(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": ()},
+        {"layers": (3, 2)},
+        {"layers": (2, 2)},
+        {"layers": (-1,)},
+        {"covariance_weight": 0},
+        {"clamp": float("nan")},
+        {"steps": 0},
+        {"corpus": "wikipedia"},
+        {"key_average": "median"},
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Preset(**SETTINGS | wrong)
+
+
+@pytest.mark.parametrize(
+    "change", [{"layers": (1, 3)}, {"clamp": 0.5}, {"rate": 0.1}, {"steps": 6}, {"seed": 1}, {"chat_context": True}]
+)
+def test_whatever_changes_a_target_changes_its_digest(change: dict[str, Any]) -> None:
+    assert Preset(**SETTINGS).target_digest != Preset(**SETTINGS | change).target_digest
+
+
+@given(weight=st.floats(1, 1e6), tokens=st.integers(1, 10**9), budget=st.integers(1, 10**6))
+def test_targets_survive_changes_that_do_not_touch_them(weight: float, tokens: int, budget: int) -> None:
+    other = Preset(
+        **SETTINGS | {"covariance_weight": weight, "sample_tokens": tokens, "token_budget": budget, "layers": (0, 2)}
+    )
+    assert other.target_digest == Preset(**SETTINGS).target_digest
+    assert other.digest != Preset(**SETTINGS).digest
+
+
+def test_scores_and_notes_are_no_settings() -> None:
+    told = Preset(**SETTINGS | {"scores": {"S": 84.0}, "note": "measured"})
+    assert told.digest == Preset(**SETTINGS).digest
