@@ -20,6 +20,7 @@ KbsyncError                     exit 1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = [
@@ -51,6 +52,25 @@ class KbsyncError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def to_json(self) -> dict[str, object]:
+        """What another process needs to raise the same error: `from_json` reads it back."""
+        return {
+            "type": type(self).__name__,
+            "message": self.message,
+            "hint": self.hint,
+            "exit_code": self.exit_code,
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, object]) -> KbsyncError:
+        """The error that another process described: its message, hint and exit code, and its class."""
+        named = globals().get(str(value.get("type")))
+        kind = named if isinstance(named, type) and issubclass(named, KbsyncError) else KbsyncError
+        error: KbsyncError = Exception.__new__(kind)  # not kind(...): subclasses take their data, not a message
+        KbsyncError.__init__(error, str(value.get("message", "failed")), hint=str(value.get("hint", "")))
+        error.exit_code = int(str(value.get("exit_code", 1)))
+        return error
 
 
 class UsageError(KbsyncError):

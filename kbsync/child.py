@@ -1,0 +1,117 @@
+"""Run an edit in a child process, so that a CUDA error or out-of-memory ends the run and not the daemon.
+
+The job goes down the child's stdin as one JSON line; stdin then stays open, and its end tells the child that the
+parent is gone. Events come up its stdout, one JSON line each: progress, then a result or an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import IO, Any
+
+from kbsync.editor.job import EditJob, EditResult
+from kbsync.errors import Cancelled, EditError, KbsyncError
+from kbsync.progress import Progress, silent
+
+__all__ = ["run_edit"]
+
+WORKER = "kbsync.editor.worker"
+POLL_SECONDS = 0.2
+TERMINATE_SECONDS = 5.0
+STDERR_TAIL = 2000
+"""Characters of the child's stderr that an unexpected end is reported with."""
+
+
+def run_edit(
+    job: EditJob, *, progress: Progress = silent, cancelled: threading.Event | None = None, worker: str = WORKER
+) -> EditResult:
+    """Run `job` in a child process and return what it made.
+
+    Raises Cancelled when `cancelled` is set meanwhile (the child is ended), the child's own KbsyncError, or EditError
+    where it ended without a word (killed, out of memory).
+    """
+    stop = cancelled or threading.Event()
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
+            [sys.executable, "-m", worker],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
+        )
+        watcher = threading.Thread(target=_end_when_set, args=(process, stop), daemon=True)
+        watcher.start()
+        try:
+            answer = _converse(process, job, progress)
+        finally:
+            _end(process)
+            watcher.join()
+        if stop.is_set():
+            raise Cancelled("the edit was cancelled; nothing was published", hint="the next pass plans it again")
+        return _outcome(answer, process.returncode, stderr)
+
+
+def _converse(process: subprocess.Popen[bytes], job: EditJob, progress: Progress) -> dict[str, Any]:
+    """Send the job, pass progress on, return the last event that is none ({} where there was none)."""
+    if process.stdin is None or process.stdout is None:
+        raise EditError("the edit process has no pipes")
+    try:
+        process.stdin.write(job.model_dump_json().encode() + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return {}
+    answer: dict[str, Any] = {}
+    for line in process.stdout:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # a library wrote to stdout
+        if "phase" in event:
+            progress(event["phase"], event["done"], event["total"])
+        else:
+            answer = event
+    process.wait()
+    return answer
+
+
+def _outcome(answer: dict[str, Any], returncode: int, stderr: IO[bytes]) -> EditResult:
+    if "result" in answer:
+        return EditResult.model_validate(answer["result"])
+    if "error" in answer:
+        raise KbsyncError.from_json(answer["error"])
+    size = stderr.seek(0, os.SEEK_END)
+    stderr.seek(max(0, size - STDERR_TAIL))
+    tail = stderr.read().decode(errors="replace").strip().splitlines()
+    said = f": {tail[-1]}" if tail else ""
+    raise EditError(
+        f"the edit process ended with status {returncode}{said}",
+        hint="`kbsync doctor` shows memory and device; the next pass tries again",
+    )
+
+
+def _end_when_set(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
+    while process.poll() is None:
+        if stop.wait(POLL_SECONDS):
+            _end(process)
+            return
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the child: terminate, then kill. Safe to call twice and from two threads."""
+    if process.stdin is not None and not process.stdin.closed:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(TERMINATE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
