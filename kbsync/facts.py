@@ -99,7 +99,11 @@ class QuarantinedRow:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a snapshot came from: URL or path, when, HTTP status (200 for files), sha256 of the body, validators."""
+    """Where a snapshot came from: URL or path, when, HTTP status (200 for files), sha256 of the body, validators.
+
+    `declaration`: digest of the source file's keys that the body was read with. Validators are offered again only
+    under the same declaration: a 304 says nothing about rows that another mapping would have read.
+    """
 
     location: str
     fetched_at: datetime
@@ -107,6 +111,7 @@ class Provenance:
     body_sha256: str
     etag: str | None = None
     last_modified: str | None = None
+    declaration: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
