@@ -1,0 +1,234 @@
+"""What the ledger answers: one frozen value per row of interest, plain data without a database behind it.
+
+Times are timezone-aware UTC. `since`/`until` say when kbsync knew something (half open: since <= t < until; `until`
+None: still), `Claim.start`/`Claim.end` what the source says about the world.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from kbsync.facts import Applied, Conflict, Fact, Hold, Provenance, QuarantinedRow
+
+if TYPE_CHECKING:
+    from kbsync.versions.manifest import ActiveDelta
+
+__all__ = [
+    "AuditRow",
+    "ConflictRow",
+    "FactRow",
+    "HeadMove",
+    "HoldRow",
+    "ModelRow",
+    "ProbeRow",
+    "PublishedVersion",
+    "QuarantineRow",
+    "RecordCounts",
+    "RunRow",
+    "RunStatus",
+    "ScheduleState",
+    "SourceState",
+    "StagedPlan",
+    "VersionKind",
+    "VersionRow",
+]
+
+RunStatus = Literal["running", "done", "failed", "held", "rejected", "superseded", "cancelled", "postponed"]
+VersionKind = Literal["base", "edit", "revert", "rebase"]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordCounts:
+    """What one snapshot did to its source's claims: `added` and `ended` claims, `seen` again without a change."""
+
+    rows: int
+    added: int
+    ended: int
+    seen: int
+    quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """One pass. `trigger` is what started it (`sync`, `schedule`, `approve`, …); `counts` what it did."""
+
+    id: int
+    policy: str | None
+    model: str | None
+    trigger: str
+    user: str
+    status: RunStatus
+    message: str
+    counts: Mapping[str, int]
+    started_at: datetime
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPlan:
+    """Why a run is held and what approving it would do; its snapshots are read by `Reader.staged`."""
+
+    run_id: int
+    policy: str | None
+    plan: Mapping[str, Any]
+    plan_digest: str
+    reasons: tuple[str, ...]
+    staged_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class FactRow:
+    """A fact as it was accepted: by which run, from which fetch of its source, for how long."""
+
+    fact: Fact
+    since: datetime
+    until: datetime | None
+    run_id: int
+    until_run_id: int | None
+    provenance: Provenance | None
+    """The fetch that the decision rests on: the newest one of `fact.source` when the fact was accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictRow:
+    """A conflict, open while `closed_at` is None. `conflict.claims` are both sides as they were last seen."""
+
+    id: int
+    conflict: Conflict
+    run_id: int
+    opened_at: datetime
+    closed_run_id: int | None
+    closed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineRow:
+    """A row of a source that could not be used, from the fetch that first had it (`since`) to the one that no
+    longer has it."""
+
+    id: int
+    source: str
+    row: QuarantinedRow
+    run_id: int
+    since: datetime
+    until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """A model that follows the ledger. `id` is slug + 12 hex digits of `fingerprint`; `head` its live version."""
+
+    id: str
+    name: str
+    fingerprint: str
+    path: str
+    head: int
+    registered_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRow:
+    """A published version. `facts` counts those that it put in; `probe` is its newest report. Version 0 is the
+    pristine base: its `manifest_sha256` and, until measured, `weights_sha256` are None."""
+
+    model: str
+    number: int
+    parent: int | None
+    kind: VersionKind
+    manifest_sha256: str | None
+    weights_sha256: str | None
+    facts: int
+    run_id: int | None
+    user: str
+    reason: str
+    created_at: datetime
+    probe: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedVersion:
+    """All that publication writes in one transaction. `facts` are the columns of deltas new in this version;
+    `active` is the whole list that the weights are rebuilt from, in order."""
+
+    model: str
+    number: int
+    parent: int
+    kind: VersionKind
+    manifest_sha256: str
+    weights_sha256: str
+    active: Sequence[ActiveDelta]
+    facts: Sequence[Applied]
+    run_id: int | None
+    user: str
+    reason: str = ""
+    probe: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMove:
+    """One step in the life of HEAD: a publication, a rollback. The newest one is HEAD."""
+
+    model: str
+    number: int
+    at: datetime
+    user: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRow:
+    """A hold, who made it and when; in force while `until` is None."""
+
+    hold: Hold
+    model: str
+    since: datetime
+    until: datetime | None
+    run_id: int | None
+    version: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRow:
+    """A probe report as `ProbeReport.to_json` wrote it; `version` None: of an edit that was rejected."""
+
+    model: str
+    version: int | None
+    run_id: int | None
+    report: Mapping[str, Any]
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SourceState:
+    """How a source has behaved: not asked again before `retry_at`; `blocked`: it refused us (403)."""
+
+    source: str
+    failures: int = 0
+    blocked: bool = False
+    retry_at: datetime | None = None
+    last_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleState:
+    """When a policy's pass last began, last ended well, and is due."""
+
+    policy: str
+    last_started: datetime | None = None
+    last_ok: datetime | None = None
+    next_due: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """Who did what when. Never changed, never deleted."""
+
+    id: int
+    at: datetime
+    user: str
+    action: str
+    run_id: int | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
