@@ -1,0 +1,146 @@
+"""The probe: is what was edited known, is the rest as it was? Measured on the weights as they will be served.
+
+    report = probe(base, matrices, requests, controls=shipped_controls(subjects), holdout=statistics.holdout)
+    report.efficacy, report.specificity_drop, report.failed
+
+Definitions: ARCHITECTURE "Probe and gate". What is unrelated is compared with the pristine base, never with an earlier
+edit, so that drift cannot add up unseen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kbsync.editor.answers import TOKENS_PER_BATCH, Scored, answers, final_states, log_probabilities, logit_chunks
+from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
+from kbsync.editor.model import Base
+from kbsync.editor.report import FactProbe, ProbeReport
+from kbsync.errors import EditError
+from kbsync.facts import EditRequest
+from kbsync.progress import Progress, silent
+
+__all__ = [
+    "NO_CONTROLS",
+    "Controls",
+    "FactProbe",
+    "ProbeReport",
+    "probe",
+    "shipped_controls",
+    "subject_controls",
+    "weights_in",
+]
+
+
+@contextmanager
+def weights_in(base: Base, matrices: Mapping[str, Tensor]) -> Iterator[Base]:
+    """The base with `matrices` (module name -> [d_out, d_in], cast to the served dtype) put in; at the end the former
+    weights are back bit for bit, whatever happened.
+
+    Raises AttributeError for an unknown module and EditError for a wrong shape or a weight that is not finite, before
+    anything is changed.
+    """
+    saved = {name: base.weight(name).clone() for name in matrices}
+    for name, matrix in matrices.items():
+        if matrix.shape != saved[name].shape:
+            raise EditError(f"{name}: weights are {list(matrix.shape)}, the model's {list(saved[name].shape)}")
+        if not torch.isfinite(matrix.to(base.dtype)).all():
+            raise EditError(f"{name}: weights are not finite in {base.dtype}")
+    try:
+        for name, matrix in matrices.items():
+            base.set_weight(name, matrix)
+        yield base
+    finally:
+        for name, matrix in saved.items():
+            base.set_weight(name, matrix)
+
+
+def probe(
+    base: Base,
+    matrices: Mapping[str, Tensor],
+    requests: Sequence[EditRequest],
+    *,
+    controls: Controls,
+    holdout: Tensor,
+    progress: Progress = silent,
+) -> ProbeReport:
+    """Measure the served weights `matrices` (module name -> [d_out, d_in]) on `requests`, on `controls` and on
+    `holdout` [rows, T], token ids of held-out text. `base` holds the pristine weights before and after.
+
+    Raises EditError for weights or probabilities that are not finite.
+    """
+    before = [answer.text for answer in answers(base, controls.prompts, progress=progress)]
+    states = _holdout_states(base, holdout)
+    with weights_in(base, matrices):
+        facts = _facts(base, requests, progress)
+        after = [answer.text for answer in answers(base, controls.prompts, progress=progress)]
+        drift = _drift(base, states, _holdout_states(base, holdout))
+    return ProbeReport(
+        efficacy=_share([fact.efficacy for fact in facts]),
+        paraphrase=_ratio(sum(fact.hits for fact in facts), sum(fact.paraphrases for fact in facts)),
+        specificity_drop=_share([old != new for old, new in zip(before, after, strict=True)]),
+        drift=drift,
+        facts=tuple(facts),
+        control_prompts=len(before),
+        controls=controls.description,
+        drift_tokens=len(states),
+    )
+
+
+def _facts(base: Base, requests: Sequence[EditRequest], progress: Progress) -> list[FactProbe]:
+    """Each request on the weights that `base` holds. Only a fact that failed needs its answer generated: the greedy
+    continuation of the others starts with the object."""
+    pairs = [(prompt, request.target) for request in requests for prompt in (request.prompt, *request.paraphrases)]
+    scored = iter(log_probabilities(base, pairs, progress=progress))
+    own: list[Scored] = []
+    hits: list[int] = []
+    for request in requests:
+        own.append(next(scored))
+        hits.append(sum(next(scored).greedy for _ in request.paraphrases))
+    failed = [request.prompt for request, score in zip(requests, own, strict=True) if not score.greedy]
+    said = iter(answers(base, failed, progress=progress))
+    return [
+        FactProbe(
+            digest=request.digest,
+            efficacy=score.greedy,
+            hits=hit,
+            paraphrases=len(request.paraphrases),
+            answer=request.target if score.greedy else next(said).text,
+            probability=score.probability,
+        )
+        for request, score, hit in zip(requests, own, hits, strict=True)
+    ]
+
+
+def _holdout_states(base: Base, holdout: Tensor) -> Tensor:
+    """Final states [rows * T, d] of held-out text [rows, T] on the weights that `base` holds."""
+    if not holdout.numel():
+        return torch.empty(0, 0)
+    rows = max(1, TOKENS_PER_BATCH // holdout.shape[1])
+    return torch.cat([final_states(base, part.tolist()).flatten(0, 1) for part in torch.split(holdout, rows)])
+
+
+def _drift(base: Base, before: Tensor, after: Tensor) -> float | None:
+    """Mean KL(base || edited) in nats per token, of final states [m, d] each. The head is not edited, so it turns both
+    into logits; block by block."""
+    if not len(before):
+        return None
+    total = 0.0
+    for old, new in zip(logit_chunks(base, before), logit_chunks(base, after), strict=True):
+        kept, moved = old.log_softmax(1), new.log_softmax(1)
+        total += float((kept.exp() * (kept - moved)).sum(dtype=torch.float64))
+    if math.isnan(total):
+        raise EditError("the edited model's probabilities are not numbers", hint="kbsync verify")
+    return total / len(before)
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return _ratio(sum(values), len(values))
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
