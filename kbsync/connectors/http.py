@@ -1,0 +1,243 @@
+"""One HTTP request to a source, guarded: where it may go, how long it may take, how much it may bring.
+
+- The connection goes to the address that was checked, and redirects stay on the host
+  (https://cheatsheetseries.owasp.org/cheatsheets/Server_Side_Request_Forgery_Prevention_Cheat_Sheet.html).
+- A wall-clock deadline covers connecting, the headers and every byte of the body; the size cap counts decoded bytes.
+- At most one request of this process is in flight per host (https://wikitech.wikimedia.org/wiki/Robot_policy).
+
+    reply = send("stars", httpx.Request("GET", "https://example.org/stars.csv"), HttpOptions())
+
+Proxies of the environment are not used: behind one, the check of the address would be the proxy's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Annotated, NoReturn
+
+import httpcore
+import httpx
+from pydantic import ByteSize, Field
+
+from kbsync.connectors import Options
+from kbsync.connectors.network import Transport, is_this_machine
+from kbsync.connectors.text import printable
+from kbsync.errors import SourceBlocked, SourceError, SourceInvalid, SourceUnavailable
+from kbsync.policy import Seconds
+
+__all__ = ["HttpOptions", "Reply", "check_url", "retry_after", "send"]
+
+MAX_REDIRECTS = 3
+REDIRECTS = (301, 302, 303, 307, 308)
+FLOOR_SECONDS = 5.0
+"""Shortest wait after 429 or 503: servers are known to say `Retry-After: 0` while they are overloaded."""
+DEFAULT_SECONDS = 60.0
+"""The wait that Wikimedia asks for where 429 or 503 comes without a readable Retry-After."""
+LONGEST_SECONDS = 86_400.0
+"""Retry-After counts up to one day: one header must not silence a source for a year."""
+EXCERPT_BYTES = 2_000
+"""How much of an error's body is read for the message."""
+
+
+class HttpOptions(Options):
+    """Keys that every source behind a URL may have."""
+
+    deadline: Annotated[Seconds, Field(gt=0)] = 300.0
+    """For the whole request, from the name resolution to the last byte: `90s`, `5m`."""
+    max_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(256_000_000)
+    """Largest body, after decompression: `256MB`."""
+    private_network: bool = False
+    """Whether the host may lie in a private network. Link-local addresses (cloud metadata) are refused even then."""
+    insecure_http: bool = False
+    """Whether plain http is allowed to a host other than this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer: status 200, or 304 to a conditional request. `body` is decoded."""
+
+    url: str
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+    @property
+    def content_type(self) -> str:
+        """The media type without parameters, in lower case; empty where the server gave none."""
+        return str(self.headers.get("content-type", "")).partition(";")[0].strip().lower()
+
+    @property
+    def sha256(self) -> str:
+        """64 hex digits over the decoded body."""
+        return hashlib.sha256(self.body).hexdigest()
+
+
+def check_url(url: str, options: HttpOptions) -> str:
+    """`url`, if a source may be read from it. Raises ValueError naming what is wrong."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"is no URL: {error}") from error
+    if parsed.scheme not in ("https", "http") or not parsed.host:
+        raise ValueError("must be an https URL")
+    if parsed.userinfo:
+        raise ValueError("must not carry a user or a password")
+    if parsed.scheme == "http" and not (is_this_machine(parsed.host) or options.insecure_http):
+        raise ValueError("is plain http: use https, or say `insecure_http: true`")
+    return url
+
+
+def send(source: str, request: httpx.Request, options: HttpOptions) -> Reply:
+    """Send `request` and read the whole answer, following up to 3 redirects on the same host.
+
+    Raises SourceUnavailable (no connection, timeout, 408, 425, 429, 5xx), SourceBlocked (403) and SourceInvalid (cut
+    or too big, an address or a redirect that was not declared, any other status).
+    """
+    request.headers.setdefault("Accept-Encoding", "gzip, deflate")
+    with _one_at_a_time(request.url.host):
+        exchange = _Exchange(source, options)
+        for _ in range(MAX_REDIRECTS + 1):
+            reply = exchange.once(request)
+            if reply.status not in REDIRECTS:
+                return reply
+            request = exchange.redirected(request, reply)
+    raise SourceInvalid(source, f"{request.url.host}: more than {MAX_REDIRECTS} redirects")
+
+
+def retry_after(header: str | None, *, now: datetime) -> float | None:
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3: seconds or a date); None where it is unreadable."""
+    if header is None:
+        return None
+    if header.strip().isdecimal():
+        return min(float(header), LONGEST_SECONDS)
+    try:
+        when = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    wait = (when if when.tzinfo else when.replace(tzinfo=UTC)) - now
+    return min(max(wait.total_seconds(), 0.0), LONGEST_SECONDS)
+
+
+_locks: dict[str, threading.Lock] = {}
+
+
+@contextmanager
+def _one_at_a_time(host: str) -> Iterator[None]:
+    """Wait until no other request of this process is in flight to `host`."""
+    with _locks.setdefault(host, threading.Lock()):
+        yield
+
+
+class _Exchange:
+    """The requests of one `send`, under one deadline."""
+
+    def __init__(self, source: str, options: HttpOptions) -> None:
+        self._source = source
+        self._options = options
+        self._began = time.monotonic()
+        self._file = f"sources/{source}.yaml"
+
+    def once(self, request: httpx.Request) -> Reply:
+        """One request and its whole answer; a redirect and a 304 come without their body."""
+        host = request.url.host
+        with self._wire(request.url) as wire:
+            with self._translated(host, SourceUnavailable, "cannot be reached"):
+                response = wire.handle_request(request)
+            status = response.status_code
+            conditional = "if-none-match" in request.headers or "if-modified-since" in request.headers
+            if status in REDIRECTS or (status == 304 and conditional):
+                return Reply(str(request.url), status, response.headers, b"")
+            if status != 200:
+                self._refuse(host, response)
+            with self._translated(host, SourceInvalid, "the answer was cut"):
+                body = self._body(host, response)
+        return Reply(str(request.url), status, response.headers, body)
+
+    def redirected(self, request: httpx.Request, reply: Reply) -> httpx.Request:
+        """The request that a redirect asks for; it must stay on the host, and not fall back to plain http."""
+        target = request.url.join(reply.headers.get("location", ""))
+        here = request.url
+        if target.host != here.host or target.scheme not in (here.scheme, "https") or target.userinfo:
+            problem = f"{here.host}: redirects to {printable(f'{target.scheme}://{target.host}', 100)}"
+            hint = f"if that address is right, name it in {self._file}"
+            raise SourceInvalid(self._source, problem, hint=hint)
+        if request.method != "GET" and reply.status not in (307, 308):
+            raise SourceInvalid(self._source, f"{here.host}: redirects a {request.method} with status {reply.status}")
+        headers = {name: value for name, value in request.headers.items() if name not in ("host", "content-length")}
+        return httpx.Request(request.method, target, headers=headers, content=request.read())
+
+    def _wire(self, url: httpx.URL) -> Transport:
+        def refused(address: str) -> SourceError:
+            hint = f"if it is meant to be, say `private_network: true` in {self._file}"
+            return SourceInvalid(
+                self._source, f"{url.host}: its address {address} is not on the public network", hint=hint
+            )
+
+        return Transport(
+            deadline=self._began + self._options.deadline,
+            secure=url.scheme == "https",
+            private_network=self._options.private_network,
+            refuse=refused,
+        )
+
+    @contextmanager
+    def _translated(self, host: str, broken: type[SourceError], problem: str) -> Iterator[None]:
+        """httpcore's errors as ours; `broken` and `problem` for a connection that ends too early."""
+        try:
+            yield
+        except httpcore.TimeoutException as error:
+            waited = f"{host}: no whole answer in {time.monotonic() - self._began:.1f} s"
+            raise SourceUnavailable(
+                self._source, waited, hint=f"`deadline` in {self._file} allows more time"
+            ) from error
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+            detail = f"{host}: {problem} ({printable(error, 200)})"
+            raise broken(self._source, detail, hint="nothing was changed; run `kbsync sync` later") from error
+        except httpx.DecodingError as error:
+            detail = f"{host}: the body is not compressed as its header says ({printable(error, 200)})"
+            raise SourceInvalid(self._source, detail) from error
+
+    def _body(self, host: str, response: httpx.Response) -> bytes:
+        body = bytearray()
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > self._options.max_bytes:
+                problem = f"{host}: the answer is larger than {self._options.max_bytes.human_readable(decimal=True)}"
+                raise SourceInvalid(self._source, problem, hint=f"`max_bytes` in {self._file} allows more")
+        return bytes(body)
+
+    def _refuse(self, host: str, response: httpx.Response) -> NoReturn:
+        """Raise what a status other than 200 means."""
+        status = response.status_code
+        wait = retry_after(response.headers.get("retry-after"), now=datetime.now(UTC))
+        problem = f"{host}: status {status} {response.reason_phrase}".rstrip() + _excerpt(response)
+        if status == 403:
+            hint = f"it is not asked again for an hour; see that `user_agent` in {self._file} names a contact"
+            raise SourceBlocked(self._source, problem, hint=hint)
+        if status in (429, 503):
+            wait = max(FLOOR_SECONDS, DEFAULT_SECONDS if wait is None else wait)
+            raise SourceUnavailable(self._source, problem, retry_after=wait, hint=f"it is asked again in {wait:.0f} s")
+        if status in (408, 425) or status >= 500:
+            raise SourceUnavailable(self._source, problem, retry_after=wait, hint="run `kbsync sync` later")
+        raise SourceInvalid(self._source, problem, hint=f"see the address and the query in {self._file}")
+
+
+def _excerpt(response: httpx.Response) -> str:
+    """The first line of an error's body, where it is text and can be read."""
+    body = b""
+    try:
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) >= EXCERPT_BYTES:
+                break
+    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpx.DecodingError):
+        pass  # the status says enough
+    line = body.decode("utf-8", "replace").strip().partition("\n")[0]
+    return f": {printable(line, 200)}" if line and "html" not in response.headers.get("content-type", "") else ""
