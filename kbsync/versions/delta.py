@@ -1,0 +1,211 @@
+"""A delta: the weight change of one edit as factors, one column per fact, in an immutable file named by its content.
+
+The file is specified in docs/delta-format.md. Per edited matrix W [d, f] (d = d_out, f = d_in) it holds `left` [d, n],
+`right` [n, f] and `keys` [n, f], float32: Δ = left @ right, column j and row j belonging to fact j.
+
+    sha = write_delta(folder, Delta({"model.layers.4.mlp.down_proj": Factors(left, right, keys)}))
+    delta = read_delta(folder, sha)               # refused where a single bit is not as it was written
+    corrections = correct(delta, excluded={3})    # Δ without fact 3 = its other columns + these
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kbsync.errors import EditError, StoreError
+from kbsync.versions.files import sha256_of, write_durably
+
+__all__ = ["FORMAT", "Delta", "Factors", "correct", "delta_file", "read_delta", "write_delta"]
+
+FORMAT = "kbsync-delta/1"
+"""The metadata entry `format` of a delta file. The only entry: safetensors writes several in no fixed order."""
+
+_MIN_GAIN = 1e-4
+"""The smallest singular value of I - U_Jᵀ K_J that float32 factors (7 digits) still carry with 3 digits to spare."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factors:
+    """Δ of one matrix [d, f]: `left` [d, n], `right` [n, f], `keys` [n, f], float32 on the CPU. Column j is fact j.
+
+    `keys` holds the facts' keys k_j as rows. Where `dense` [d, f] is there it is Δ itself, and `right` is [0, f].
+    """
+
+    left: Tensor
+    right: Tensor
+    keys: Tensor
+    dense: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """Number of facts n."""
+        return self.left.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, f) of the matrix that this changes."""
+        return self.left.shape[0], self.right.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delta:
+    """The change of one edit: module path -> factors. Column j is the same fact in every module."""
+
+    factors: Mapping[str, Factors]
+
+    @property
+    def columns(self) -> int:
+        """Number of facts n."""
+        return next(iter(self.factors.values())).columns
+
+
+def delta_file(folder: Path, sha256: str) -> Path:
+    """Where the delta of this sha256 lies in `folder`. Raises StoreError for what is no sha256."""
+    if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+        raise StoreError(f"{sha256!r} is not the sha256 of a delta", hint="kbsync verify")
+    return folder / f"{sha256}.safetensors"
+
+
+def write_delta(folder: Path, delta: Delta) -> str:
+    """Write `delta` durably into `folder` under its sha256, which is returned. A whole file of that name is kept.
+
+    A matrix with more facts than rows (n > d) is stored dense: its `right` would take more room than Δ itself. Raises
+    EditError for values that are not finite or shapes that do not fit, StoreError where the disk refuses.
+    """
+    try:
+        _require_sound(delta)
+    except ValueError as error:
+        raise EditError(f"the edit gave no delta that can be kept: {error}") from error
+    tensors = {
+        f"{module}.{part}": tensor.clone()
+        for module, factors in delta.factors.items()
+        for part, tensor in _stored(factors).items()
+    }
+    data = save(tensors, metadata={"format": FORMAT})
+    digest = hashlib.sha256(data).hexdigest()
+    path = delta_file(folder, digest)
+    if not (path.exists() and sha256_of(path) == digest):
+        write_durably(path, data)
+    return digest
+
+
+def _require_sound(delta: Delta) -> None:
+    """Raise ValueError, naming the tensor, unless all are finite float32 of shapes that fit together."""
+    if not delta.factors or not delta.columns:
+        raise ValueError("no columns")
+    for module, factors in delta.factors.items():
+        n, (d, f) = delta.columns, factors.shape
+        wanted = {"left": (d, n), "right": (n, f), "keys": (n, f)}
+        if factors.dense is not None:
+            wanted |= {"right": (0, f), "dense": (d, f)}
+        for part, shape in wanted.items():
+            tensor: Tensor = getattr(factors, part)
+            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+                raise ValueError(f"{module}.{part} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(shape)}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{module}.{part} has values that are not finite")
+
+
+def _stored(factors: Factors) -> dict[str, Tensor]:
+    """The tensors that go into the file: `right` or, where that is smaller, `dense`."""
+    d, _ = factors.shape
+    parts = {"left": factors.left.contiguous(), "keys": factors.keys.contiguous()}
+    if factors.dense is not None:
+        return parts | {"dense": factors.dense.contiguous()}
+    if factors.columns > d:
+        return parts | {"dense": (factors.left.double() @ factors.right.double()).float()}
+    return parts | {"right": factors.right.contiguous()}
+
+
+def read_delta(folder: Path, sha256: str) -> Delta:
+    """Read the delta named `sha256` from `folder`; modules in alphabetical order.
+
+    The bytes that were hashed are the bytes that are parsed. Raises StoreError naming the file where it is missing, is
+    not as it was written, or is of another format.
+    """
+    path = delta_file(folder, sha256)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}", hint="kbsync verify") from error
+    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise StoreError(f"{path}: damaged, its sha256 is now {found}", hint="restore the file, or `kbsync rollback`")
+    try:
+        return _parse(data)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path}: not a delta that this kbsync reads: {error}", hint="update kbsync") from error
+
+
+def _parse(data: bytes) -> Delta:
+    """A delta from a file's bytes. Raises SafetensorError, ValueError, KeyError or TypeError for what is no delta."""
+    if (written := _format(data)) != FORMAT:
+        raise ValueError(f"format {written!r}, expected {FORMAT!r}")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in sorted(load(data).items()):
+        module, part = name.rsplit(".", 1)
+        parts.setdefault(module, {})[part] = tensor
+    delta = Delta({module: _factors(found) for module, found in parts.items()})
+    _require_sound(delta)
+    return delta
+
+
+def _format(data: bytes) -> str:
+    """The metadata entry `format`: safetensors begins with the header's length (8 bytes, little-endian) and JSON."""
+    length = int.from_bytes(data[:8], "little")
+    return str(json.loads(data[8 : 8 + length])["__metadata__"]["format"])
+
+
+def _factors(parts: Mapping[str, Tensor]) -> Factors:
+    if unknown := set(parts) - {"left", "right", "keys", "dense"}:
+        raise ValueError(f"unknown tensors {sorted(unknown)}")
+    keys, dense = parts["keys"], parts.get("dense")
+    right = parts["right"] if dense is None else keys.new_empty(0, keys.shape[1])
+    return Factors(parts["left"], right, keys, dense)
+
+
+def correct(delta: Delta, excluded: Collection[int]) -> Delta:
+    """What must be added so that Δ without the columns J = `excluded` is what MEMIT would have made without them.
+
+    Leaving the columns out is not enough: the other facts were solved for with theirs in place. With Δ = R Uᵀ,
+    A = C + K Kᵀ and U = A^-1 K (Eqn 14), taking J out of A is a downdate of rank |J| (Woodbury):
+
+        Δ₋J = Δ - (R_J - Δ K_J) (I - U_Jᵀ K_J)^-1 U_Jᵀ
+
+    (for one column ENGINE's Δ - (r - Δk) uᵀ / (1 - kᵀu)). The answer has |J| columns, `right` = U_Jᵀ and `keys` = K_Jᵀ:
+    Δ₋J = the columns of Δ that are not in J + left @ right. Exact for one edited layer; over several, the probe tells.
+
+    Computed in float64. Raises ValueError for columns that are not there or all of them (then the delta itself is left
+    out), EditError for a dense delta and for keys so alike that float32 factors cannot tell them apart.
+    """
+    columns = sorted(set(excluded))
+    if not columns or len(columns) == delta.columns or not 0 <= columns[0] <= columns[-1] < delta.columns:
+        raise ValueError(f"cannot take columns {columns} out of a delta of {delta.columns}")
+    return Delta({module: _correct(module, factors, columns) for module, factors in delta.factors.items()})
+
+
+def _correct(module: str, factors: Factors, columns: list[int]) -> Factors:
+    if factors.dense is not None:
+        raise EditError(
+            f"{module}: the delta is stored dense ({factors.columns} facts); no fact of it can be taken out alone",
+            hint=f"keep batch.max_facts at {factors.shape[0]} or less, so that deltas have a column per fact",
+        )
+    left, right = factors.left.double(), factors.right.double()  # R [d, n], Uᵀ [n, f]
+    R, U, K = left[:, columns], right[columns].T, factors.keys[columns].double().T  # [d, J], [f, J], [f, J]
+    remainder = R - left @ (right @ K)  # [d, J]: what of the targets the whole Δ leaves undone
+    gain = torch.eye(len(columns), dtype=torch.float64) - U.T @ K  # [J, J]
+    if not torch.linalg.svdvals(gain).min() > _MIN_GAIN:
+        raise EditError(
+            f"{module}: the facts' keys are too much alike to take columns {columns} out",
+            hint="roll back to an earlier version: kbsync rollback --to V",
+        )
+    pulled = torch.linalg.solve(gain, remainder, left=False)  # [d, J]
+    return Factors((R - pulled).float(), factors.right[columns], factors.keys[columns])
