@@ -35,7 +35,7 @@ from kbsync.documents import Document, nearest, read_document
 from kbsync.errors import ConfigError, UsageError
 from kbsync.policy import Seconds
 
-__all__ = ["CONFIG", "EditWindow", "Settings", "StatisticsSettings", "Workspace", "examples"]
+__all__ = ["CONFIG", "EditWindow", "Settings", "StatisticsSettings", "Workspace", "examples", "time_zone"]
 
 CONFIG = "kbsync.yaml"
 ENVIRONMENT = "KBSYNC_"
@@ -68,6 +68,14 @@ def _bytes(value: object) -> object:
     return value
 
 
+def time_zone(name: str) -> ZoneInfo:
+    """The IANA time zone `name`. Raises ValueError where there is none."""
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise ValueError(f"no time zone {name}") from error
+
+
 def _like(pattern: str, wanted: str) -> AfterValidator:
     """A text must match `pattern` wholly, or the error says what was `wanted`."""
 
@@ -93,10 +101,7 @@ class EditWindow:
         match = _WINDOW.fullmatch(text.strip())
         if match is None:
             raise ValueError("must look like 22:00-06:00 or 22:00-06:00 Europe/Berlin")
-        try:
-            zone = ZoneInfo(match[3] or "UTC")
-        except (ZoneInfoNotFoundError, ValueError) as error:
-            raise ValueError(f"no time zone {match[3]}") from error
+        zone = time_zone(match[3] or "UTC")
         start, end = (time.fromisoformat(part.zfill(5)) for part in (match[1], match[2]))
         if start == end:
             raise ValueError("start and end are the same minute")

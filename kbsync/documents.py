@@ -72,8 +72,11 @@ class Document:
             raise self.explain(error, model) from error
 
     def explain(self, error: ValidationError, model: type[BaseModel] | None = None, *, at: KeyPath = ()) -> ConfigError:
-        """What pydantic found, as one line: the first finding, with its place in this file (under `at`)."""
-        finding = error.errors(include_url=False)[0]
+        """What pydantic found, as one line: the first finding, with its place in this file (under `at`).
+
+        An unknown key comes first: it is the misspelt name of one that is missing, more often than not.
+        """
+        finding = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
         key = self._known(at + tuple(finding["loc"]), missing=finding["type"] == "missing")
         more = error.error_count() - 1
         problem, hint = _describe(finding["type"], finding["msg"], finding["input"]), ""

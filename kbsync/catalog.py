@@ -1,0 +1,260 @@
+"""The workspace's sources and policies, read and checked as a whole: what kbsync is told to keep fresh.
+
+Every relation belongs to exactly one policy, a policy's sources exist and give one of its relations, and the sources
+of one relation name their subjects in one id space, or their facts could never meet (ARCHITECTURE: Identity).
+
+    catalog = load_catalog(Workspace.load(Path(".")))
+    policy = catalog.policy_of("constellation")
+    snapshot = catalog.connector("star-catalog").fetch(previous)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from apscheduler.triggers.cron import CronTrigger
+from apscheduler.triggers.interval import IntervalTrigger
+from pydantic import ValidationError
+
+from kbsync.config import Workspace, time_zone
+from kbsync.documents import Document, KeyPath, nearest, read_document
+from kbsync.errors import UsageError
+from kbsync.policy import Policy, Relation, Schedule, Source
+
+if TYPE_CHECKING:
+    from kbsync.connectors import Connector
+
+__all__ = ["Catalog", "load_catalog", "trigger"]
+
+_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+"""Days of the week in the order of crontab(5), where 0 and 7 are Sunday."""
+_EXAMPLE_CONTACT = re.compile(r"\bexample\.(?:com|net|org)\b")
+
+DeclaredT = TypeVar("DeclaredT", Source, Policy)
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Sources and policies by name, with the files that declare them."""
+
+    workspace: Workspace
+    sources: Mapping[str, Source]
+    policies: Mapping[str, Policy]
+    source_files: Mapping[str, Document]
+    policy_files: Mapping[str, Document]
+
+    def policy(self, name: str) -> Policy:
+        """The policy of this name. Raises UsageError where there is none."""
+        if name not in self.policies:
+            raise UsageError(f"no policy {name}", hint=nearest(name, self.policies))
+        return self.policies[name]
+
+    def policy_of(self, relation: str) -> Policy:
+        """The one policy that keeps `relation` (an inverse one, too). Raises UsageError where there is none."""
+        for policy in self.policies.values():
+            if relation in policy.wording():
+                return policy
+        known = [name for policy in self.policies.values() for name in policy.wording()]
+        raise UsageError(f"no policy keeps the relation {relation}", hint=nearest(relation, known))
+
+    def sources_of(self, policy: Policy) -> list[Source]:
+        """The policy's sources, in its order."""
+        return [self.sources[name] for name in policy.sources]
+
+    def connector(self, source: str) -> Connector:
+        """What reads the source. Raises ConfigError for a key that the source's type does not take."""
+        from kbsync.connectors import make_connector
+
+        document = self.source_files[source]
+        folder, allowed = document.path.parent, self.workspace.allowed_dirs
+        try:
+            return make_connector(self.sources[source], folder=folder, allowed_dirs=allowed)
+        except ValidationError as error:
+            raise document.explain(error) from error
+
+    def controls(self, relation: str) -> Path | None:
+        """The file of never-synced subjects of `relation`; None: the shipped prompts are the controls."""
+        policy = self.policy_of(relation)
+        name = policy.wording()[relation].controls
+        return None if name is None else self.policy_files[policy.policy].path.parent / name
+
+    def check(self) -> list[str]:
+        """What is allowed but looks like a mistake, one line each. (What is wrong, `load_catalog` refuses.)"""
+        return [*self.workspace.warnings(), *self._source_warnings(), *self._policy_warnings()]
+
+    def _source_warnings(self) -> Iterator[str]:
+        used = {name for policy in self.policies.values() for name in policy.sources}
+        for name, source in self.sources.items():
+            document = self.source_files[name]
+            if name not in used:
+                yield f"{document.path}: no policy names this source; it is never read"
+            if _EXAMPLE_CONTACT.search(str(source.options.get("user_agent", ""))):
+                line = document.line(("user_agent",))
+                yield f"{document.path}:{line}: user_agent: names an example address; put a contact of your own there"
+            for warning in self.connector(name).warnings:
+                yield f"{document.path}: {warning}"
+
+    def _policy_warnings(self) -> Iterator[str]:
+        if not self.policies:
+            yield f"{self.workspace.policies}: no policies; nothing is kept fresh"
+        for name, policy in self.policies.items():
+            document = self.policy_files[name]
+            fed = {source.relation for source in self.sources_of(policy)}
+            for relation in policy.relations:
+                if relation not in fed:
+                    place = f"{document.path}:{document.line(('relations', relation))}"
+                    yield f"{place}: relations.{relation}: no source of this policy gives it"
+
+
+def load_catalog(workspace: Workspace) -> Catalog:
+    """Read and check sources/*.yaml and policies/*.yaml. Raises ConfigError naming file, line, key and value."""
+    source_files, sources = _declared(workspace.sources, Source, "source")
+    policy_files, policies = _declared(workspace.policies, Policy, "policy")
+    catalog = Catalog(workspace, sources, policies, source_files, policy_files)
+    for name in sources:
+        catalog.connector(name)
+    for name, policy in policies.items():
+        _check_sources(policy, policy_files[name], sources)
+        _check_schedule(policy.schedule, policy_files[name])
+    _check_relations_unique(catalog)
+    for policy in policies.values():
+        _check_controls(catalog, policy)
+    return catalog
+
+
+def trigger(schedule: Schedule) -> CronTrigger | IntervalTrigger:
+    """When a policy's pass runs, as APScheduler has it.
+
+    Cron expressions mean what crontab(5) says: five fields, day of the week 0 and 7 are Sunday (APScheduler's own
+    reading of numbers begins on Monday). Raises ValueError where the schedule can never be meant.
+    """
+    zone, jitter = time_zone(schedule.timezone), int(schedule.jitter) or None
+    if schedule.every is not None:
+        if schedule.every < 1:
+            raise ValueError("every must be 1s or more")
+        return IntervalTrigger(seconds=int(schedule.every), jitter=jitter, timezone=zone)
+    fields = (schedule.cron or "").lower().split()
+    if len(fields) != 5:
+        raise ValueError("cron needs five fields: minute hour day month day-of-week")
+    minute, hour, day, month, weekday = fields
+    if "*" not in (day, weekday):
+        raise ValueError("cron cannot restrict both the day of the month and the day of the week")
+    found = CronTrigger(
+        minute=minute, hour=hour, day=day, month=month, day_of_week=_weekdays(weekday), jitter=jitter, timezone=zone
+    )
+    if found.get_next_fire_time(None, datetime.now(zone)) is None:
+        raise ValueError(f"cron never comes: {schedule.cron}")
+    return found
+
+
+def _weekdays(field: str) -> str:
+    """The day-of-week field of crontab(5) as a list of names: `5-7` -> `fri,sat,sun`."""
+    if field == "*":
+        return field
+    days: set[int] = set()
+    for part in field.split(","):
+        match = re.fullmatch(r"(?:\*|(\w+)(?:-(\w+))?)(?:/([1-9]\d*))?", part)
+        if match is None:
+            raise ValueError(f"cron has no day of the week {part}")
+        first, last, step = match.groups()
+        low = _day(first) if first else 0
+        high = _day(last) if last else (low if first and not step else 6)
+        days.update(day % 7 for day in range(low, high + 7 * (high < low) + 1, int(step or 1)))
+    return ",".join(_DAYS[day] for day in sorted(days))
+
+
+def _day(text: str) -> int:
+    if text.isdecimal() and int(text) <= 7:
+        return int(text)
+    if text in _DAYS:
+        return _DAYS.index(text)
+    raise ValueError(f"cron has no day of the week {text}")
+
+
+def _declared(folder: Path, model: type[DeclaredT], key: str) -> tuple[dict[str, Document], dict[str, DeclaredT]]:
+    """Every YAML file of `folder`, by the name that it declares under `key`."""
+    documents: dict[str, Document] = {}
+    values: dict[str, DeclaredT] = {}
+    paths = folder.iterdir() if folder.is_dir() else ()
+    for path in sorted(p for p in paths if p.suffix in {".yaml", ".yml"} and not p.name.startswith(".")):
+        document = read_document(path)
+        value = document.validate(model)
+        name = str(getattr(value, key))
+        if name in documents:
+            raise document.error((key,), f"{name} is declared in {documents[name].path}, too")
+        documents[name], values[name] = document, value
+    return documents, values
+
+
+def _check_sources(policy: Policy, document: Document, sources: Mapping[str, Source]) -> None:
+    for index, name in enumerate(policy.sources):
+        at: KeyPath = ("sources", index)
+        if name not in sources:
+            raise document.error(at, f"no source {name}", hint=nearest(name, sources))
+        if name in policy.sources[:index]:
+            raise document.error(at, f"{name} is named twice")
+        if (relation := sources[name].relation) not in policy.relations:
+            problem = f"source {name} gives the relation {relation}, which this policy does not have"
+            raise document.error(at, problem, hint=f"add it under relations, or take {name} out of sources")
+    for relation in policy.relations:
+        _check_joined(
+            relation, policy, [s for name in policy.sources if (s := sources[name]).relation == relation], document
+        )
+
+
+def _check_joined(relation: str, policy: Policy, sources: list[Source], document: Document) -> None:
+    """Sources of one relation must mean the same subject by the same id, and be enough for the quorum."""
+    for one, other in pairwise(sources):
+        if one.space != other.space:
+            problem = f"sources {one.source} and {other.source} of {relation} share no ids ({one.space}, {other.space})"
+            raise document.error(("sources",), problem, hint="give both the same `ids:`, or both `match: label`")
+    if sources and policy.quorum is not None and policy.quorum > len(sources):
+        problem = f"{policy.precedence} can never be reached: {relation} has {len(sources)} of these sources"
+        raise document.error(("precedence",), problem)
+
+
+def _check_controls(catalog: Catalog, policy: Policy) -> None:
+    """A named file of control subjects exists, within the folders that may be read."""
+    document = catalog.policy_files[policy.policy]
+    for relation, at in _relation_names(policy.relations):
+        path = catalog.controls(relation)
+        if path is None:
+            continue
+        if not any(path.resolve().is_relative_to(folder.resolve()) for folder in catalog.workspace.allowed_dirs):
+            raise document.error(
+                (*at, "controls"), f"{path} is outside the folders that may be read (allowed_dirs in kbsync.yaml)"
+            )
+        if not path.is_file():
+            raise document.error((*at, "controls"), f"no file {path}")
+
+
+def _check_schedule(schedule: Schedule, document: Document) -> None:
+    try:
+        trigger(schedule)
+    except ValueError as error:
+        raise document.error(("schedule",), str(error)) from error
+
+
+def _check_relations_unique(catalog: Catalog) -> None:
+    """A relation belongs to exactly one policy, and once; inverse relations count as well."""
+    seen: dict[str, Path] = {}
+    for name, policy in catalog.policies.items():
+        document = catalog.policy_files[name]
+        for relation, at in _relation_names(policy.relations):
+            if relation in seen:
+                raise document.error(at, f"the relation {relation} is already kept by {seen[relation]}")
+            seen[relation] = document.path
+
+
+def _relation_names(relations: Mapping[str, Relation]) -> Iterator[tuple[str, KeyPath]]:
+    """Every relation, the inverse ones too, with where its wording stands."""
+    for name, relation in relations.items():
+        yield name, ("relations", name)
+        if relation.inverse is not None:
+            yield relation.inverse.relation, ("relations", name, "inverse")
