@@ -1,0 +1,369 @@
+"""Desired facts against those that a version holds -> Plan (pure), and the guards that stop a suspicious run.
+
+    plan = make_plan(desired, applied, holds, policy.wording(), model=model, head=7)
+    reasons = check_guard(claims_before, snapshot, policy.guard, first=False) + check_edits(plan, policy.guard)
+
+Planning again after a plan has been carried out gives an empty plan, and what the weights hold then has at most one
+target per prompt (MEMIT's Eqn 5 for text), holds and relations of other policies included.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from kbsync.facts import Applied, Claim, EditRequest, Fact, FactKey, Hold, Snapshot, digest_of
+from kbsync.policy import Guard, Inverse, Relation, render
+from kbsync.resolve import keep_apart
+
+__all__ = [
+    "Blocked",
+    "EditKind",
+    "HeldChange",
+    "Plan",
+    "PlannedEdit",
+    "Retraction",
+    "check_edits",
+    "check_guard",
+    "make_plan",
+]
+
+EditKind = Literal["added", "changed", "re-rendered"]
+
+GUARDED_ROWS = 10
+"""Rows of the last accepted snapshot from which on percentages count: of three rows one is 33 %, and no alarm."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedEdit:
+    """One request to insert. `before` is the target text that the weights hold for the key now, None if nothing;
+    `re-rendered`: the object is the same, its wording or a label is not. `source` and `origin` are the fact's."""
+
+    request: EditRequest
+    kind: EditKind
+    before: str | None
+    object_id: str
+    source: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retraction:
+    """A key whose column is to be taken out of the weights, with nothing in its place."""
+
+    key: FactKey
+    applied: Applied
+
+
+@dataclass(frozen=True, slots=True)
+class HeldChange:
+    """What a hold keeps out of the weights: `wanted` is the object id that the ledger has, None for a retraction."""
+
+    key: FactKey
+    hold: Hold
+    wanted: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """A request that cannot be made, and why; the weights keep what they hold for the key."""
+
+    key: FactKey
+    target: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What brings the version `head` of `model` in line with the ledger. All tuples are sorted by key.
+
+    `known`: keys that the base model answers by itself and that need no edit; `held`: changes that holds keep out;
+    `ended_holds`: holds that a third object has ended, to be released when the plan is carried out; `unchanged`: keys
+    that the weights hold as wanted.
+    """
+
+    model: str
+    head: int
+    edits: tuple[PlannedEdit, ...] = ()
+    retractions: tuple[Retraction, ...] = ()
+    known: tuple[FactKey, ...] = ()
+    held: tuple[HeldChange, ...] = ()
+    ended_holds: tuple[FactKey, ...] = ()
+    blocked: tuple[Blocked, ...] = ()
+    unchanged: int = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether the weights are to stay as they are."""
+        return not self.edits and not self.retractions
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the plan would do to the weights and the holds, and to which version: what is approved."""
+        return digest_of(
+            [
+                self.model,
+                self.head,
+                [[*edit.request.key, edit.request.digest, edit.object_id] for edit in self.edits],
+                [[*gone.key, gone.applied.delta, gone.applied.column] for gone in self.retractions],
+                [list(key) for key in self.ended_holds],
+            ]
+        )
+
+    def take(self, facts: int) -> Plan:
+        """The part that one version takes: every retraction and the first `facts` edits. The rest is planned again."""
+        later = {edit.request.key for edit in self.edits[facts:]}
+        ended = tuple(key for key in self.ended_holds if key not in later)
+        return replace(self, edits=self.edits[:facts], ended_holds=ended)
+
+    def to_json(self) -> dict[str, object]:
+        """The plan as a JSON value, for people, `--json` and staging; its digest included."""
+        return {
+            "model": self.model,
+            "head": self.head,
+            "digest": self.digest,
+            "edits": [_edit_json(edit) for edit in self.edits],
+            "retractions": [_key_json(gone.key) | {"target": gone.applied.request.target} for gone in self.retractions],
+            "known": [_key_json(key) for key in self.known],
+            "held": [_held_json(held) for held in self.held],
+            "ended_holds": [_key_json(key) for key in self.ended_holds],
+            "blocked": [_key_json(no.key) | {"target": no.target, "reason": no.reason} for no in self.blocked],
+            "unchanged": self.unchanged,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What the weights should hold for a key, and which fact says so."""
+
+    request: EditRequest
+    object_id: str
+    source: str
+    origin: str
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making: `goal` may give way to other requests, `pinned` stands."""
+
+    goal: dict[FactKey, _Wanted] = field(default_factory=dict)
+    pinned: dict[FactKey, _Wanted] = field(default_factory=dict)
+    known: list[FactKey] = field(default_factory=list)
+    held: list[HeldChange] = field(default_factory=list)
+    ended: list[FactKey] = field(default_factory=list)
+    blocked: list[Blocked] = field(default_factory=list)
+
+
+def make_plan(
+    desired: Mapping[FactKey, Fact],
+    applied: Mapping[FactKey, Applied],
+    holds: Mapping[FactKey, Hold],
+    wording: Mapping[str, Relation | Inverse],
+    *,
+    known: Collection[str] = (),
+    model: str,
+    head: int,
+) -> Plan:
+    """What has to be edited into and taken out of version `head` so that it holds the desired facts.
+
+    Only relations in `wording` are touched. Withdrawn facts that the ledger keeps are desired. A held key stays at what
+    its hold froze until a third object ends the hold; a protected subject stays as it is. `known` are the digests of
+    requests that the base model answers by itself: relations with `skip_known` take no edit for them. A request that
+    would contradict another one with the same prompt, or that does not name its subject exactly once, is blocked.
+    """
+    ours = {key: now for key, now in applied.items() if key.relation in wording}
+    wants = {key: _want(fact, wording) for key, fact in desired.items() if key.relation in wording}
+    holds = {key: hold for key, hold in holds.items() if key.relation in wording}
+    draft = _Draft()
+    for key in sorted(wants.keys() | ours.keys() | holds.keys()):
+        want, now, hold = wants.get(key), ours.get(key), holds.get(key)
+        if _protected(key, wording):
+            _pin(draft, key, now)
+        elif hold is not None and not _ended_by(hold, want):
+            _freeze(draft, hold, want)
+        else:
+            if hold is not None:
+                draft.ended.append(key)
+            _aim(draft, key, want, now, known if _skips_known(key, wording) else ())
+    others = [now.request for key, now in applied.items() if key not in ours]
+    final = _reconciled(draft, ours, others)
+    return Plan(
+        model=model,
+        head=head,
+        edits=tuple(_edits(final, ours)),
+        retractions=tuple(Retraction(key, ours[key]) for key in sorted(ours.keys() - final.keys())),
+        known=tuple(draft.known),
+        held=tuple(draft.held),
+        ended_holds=tuple(draft.ended),
+        blocked=tuple(sorted(draft.blocked, key=lambda blocked: blocked.key)),
+        unchanged=sum(1 for key, now in ours.items() if key in final and final[key].request == now.request),
+    )
+
+
+def check_guard(before: Sequence[Claim], snapshot: Snapshot, guard: Guard, *, first: bool) -> list[str]:
+    """Why a snapshot looks suspicious beside the claims of its source's last accepted one; [] where it does not.
+
+    Shares are of the subjects claimed before, from 10 on; a subject has changed if its rows say anything else (labels,
+    ranks and dates too). `min_rows` compares good rows with good rows. A subject in quarantine is present. A partial snapshot says nothing by what it lacks. `first`: the source has no accepted
+    snapshot yet, and nothing to compare with.
+    """
+    if first or snapshot.not_modified or not before:
+        return []
+    if snapshot.complete and not snapshot.rows:
+        return [f"{snapshot.source}: no rows, {len(before)} before; a source does not become empty"]
+    old, new = _said(before), _said(snapshot.claims)
+    if len(old) < GUARDED_ROWS:
+        return []
+    counts = [
+        ("changed", sum(1 for key in old.keys() & new.keys() if old[key] != new[key]), guard.max_changed),
+        ("added", len(new.keys() - old.keys()), guard.max_added),
+    ]
+    if snapshot.complete:
+        present = {row.subject_id for row in snapshot.quarantined}
+        counts.append(
+            ("removed", sum(1 for key in old.keys() - new.keys() if key.subject not in present), guard.max_removed)
+        )
+    reasons = [
+        f"{snapshot.source}: {count} of {len(old)} subjects {what} ({count / len(old):.1%}), max_{what} is {limit:.1%}"
+        for what, count, limit in counts
+        if _more(count, limit * len(old))
+    ]
+    rows, rows_before = _rows(new), _rows(old)
+    if snapshot.complete and _more(guard.min_rows * rows_before, rows):
+        share = f"{rows / rows_before:.1%}"
+        reasons.append(
+            f"{snapshot.source}: {rows} good rows of {rows_before} ({share}), min_rows is {guard.min_rows:.1%}"
+        )
+    return reasons
+
+
+def check_edits(plan: Plan, guard: Guard) -> list[str]:
+    """Why a plan is too large to be carried out unseen; [] where it is not. Retractions count like edits."""
+    edits = len(plan.edits) + len(plan.retractions)
+    return [f"{edits} edits and retractions, max_edits is {guard.max_edits}"] if edits > guard.max_edits else []
+
+
+# Where each key goes -----------------------------------------------------------------------------------------------
+
+
+def _want(fact: Fact, wording: Mapping[str, Relation | Inverse]) -> _Wanted:
+    return _Wanted(render(fact, wording[fact.relation]), fact.object.id, fact.source, fact.origin)
+
+
+def _protected(key: FactKey, wording: Mapping[str, Relation | Inverse]) -> bool:
+    relation = wording[key.relation]
+    return isinstance(relation, Relation) and key.subject in relation.protected
+
+
+def _skips_known(key: FactKey, wording: Mapping[str, Relation | Inverse]) -> bool:
+    relation = wording[key.relation]
+    return isinstance(relation, Relation) and relation.skip_known
+
+
+def _ended_by(hold: Hold, want: _Wanted | None) -> bool:
+    """Whether the source gives a third object, neither the frozen nor the held-out one."""
+    frozen = hold.frozen.object_id if hold.frozen else None
+    return want is not None and want.object_id not in (frozen, hold.held_out)
+
+
+def _pin(draft: _Draft, key: FactKey, now: Applied | None) -> None:
+    if now is not None:
+        draft.pinned[key] = _Wanted(now.request, now.object_id, "", "")
+
+
+def _freeze(draft: _Draft, hold: Hold, want: _Wanted | None) -> None:
+    """The state that the hold froze, with the fact's own origin where it is the fact's object."""
+    frozen = hold.frozen
+    _pin(draft, hold.key, frozen)
+    if frozen and want and want.object_id == frozen.object_id:
+        draft.pinned[hold.key] = replace(want, request=frozen.request)
+    if (want and want.request) != (frozen and frozen.request):
+        draft.held.append(HeldChange(hold.key, hold, want.object_id if want else None))
+
+
+def _aim(draft: _Draft, key: FactKey, want: _Wanted | None, now: Applied | None, known: Collection[str]) -> None:
+    """A key that nothing freezes: to its fact, unless the base knows it already or no prompt can teach it."""
+    if want is None:
+        return
+    current = now is not None and now.request == want.request
+    if not current and known and want.request.digest in known:
+        draft.known.append(key)
+    elif (times := want.request.prompt.count(want.request.subject)) != 1:
+        reason = f"the prompt {want.request.prompt!r} has the subject {want.request.subject!r} {times} times"
+        draft.blocked.append(Blocked(key, want.request.target, reason))
+        _pin(draft, key, now)
+    else:
+        draft.goal[key] = want
+
+
+def _reconciled(
+    draft: _Draft, ours: Mapping[FactKey, Applied], others: Iterable[EditRequest]
+) -> dict[FactKey, _Wanted]:
+    """What every key is to hold, with one target per prompt; what had to give way is noted as blocked."""
+    fixed = [*others, *(want.request for want in draft.pinned.values())]
+    wanted = {key: want.request for key, want in draft.goal.items()}
+    fallback = {key: ours[key].request for key in wanted if key in ours}
+    chosen, collided = keep_apart(wanted, fallback, fixed)
+    final = draft.pinned | {key: draft.goal[key] for key in chosen}
+    for key, rival in collided.items():
+        if key in chosen:
+            final[key] = replace(draft.goal[key], request=chosen[key], object_id=ours[key].object_id)
+        if chosen.get(key) != wanted[key]:
+            reason = f"{rival.prompt!r} goes on with {rival.target!r} for {rival.key.relation} {rival.key.subject}"
+            draft.blocked.append(Blocked(key, wanted[key].target, reason))
+    return final
+
+
+def _edits(final: Mapping[FactKey, _Wanted], ours: Mapping[FactKey, Applied]) -> Iterator[PlannedEdit]:
+    for key in sorted(final):
+        want, now = final[key], ours.get(key)
+        if now is None:
+            yield PlannedEdit(want.request, "added", None, want.object_id, want.source, want.origin)
+        elif now.request != want.request:
+            kind: EditKind = "re-rendered" if now.object_id == want.object_id else "changed"
+            yield PlannedEdit(want.request, kind, now.request.target, want.object_id, want.source, want.origin)
+
+
+# Guard arithmetic --------------------------------------------------------------------------------------------------
+
+
+def _said(claims: Iterable[Claim]) -> dict[FactKey, set[tuple[object, ...]]]:
+    """What is said of each key, wherever it stands: the same row twice is one, a moved row is the same."""
+    found: defaultdict[FactKey, set[tuple[object, ...]]] = defaultdict(set)
+    for claim in claims:
+        found[claim.key].add((claim.subject, claim.object, claim.rank, claim.start, claim.end))
+    return dict(found)
+
+
+def _rows(said: Mapping[FactKey, set[tuple[object, ...]]]) -> int:
+    return sum(len(each) for each in said.values())
+
+
+def _more(count: float, limit: float) -> bool:
+    """count > limit, where one of them is a product: 29 % of 100 is 28.999999999999996 in floating point."""
+    return count - limit > 1e-6
+
+
+# JSON --------------------------------------------------------------------------------------------------------------
+
+
+def _key_json(key: FactKey) -> dict[str, object]:
+    return {"relation": key.relation, "subject_id": key.subject}
+
+
+def _edit_json(edit: PlannedEdit) -> dict[str, object]:
+    return {
+        "kind": edit.kind,
+        "request": edit.request.to_json(),
+        "before": edit.before,
+        "object_id": edit.object_id,
+        "source": edit.source,
+        "origin": edit.origin,
+    }
+
+
+def _held_json(held: HeldChange) -> dict[str, object]:
+    frozen = held.hold.frozen.object_id if held.hold.frozen else None
+    return _key_json(held.key) | {"frozen": frozen, "wanted": held.wanted, "reason": held.hold.reason}
