@@ -1,7 +1,7 @@
 """Connectors read a declared source and give a snapshot of all that it says; they decide nothing and store nothing.
 
 A connector is a class registered under the entry point group `kbsync.connectors` by the name that `type:` uses. It has
-an `Options` model for the keys of the source file beyond the common ones, takes (source, options), and has `fetch`:
+an `Options` model for the keys of the source file beyond the common ones, takes (source, options, place), and fetches:
 
     connector = make_connector(source, folder=Path("sources"), allowed_dirs=[Path("/srv/feeds")])
     snapshot = connector.fetch(previous)
@@ -72,8 +72,8 @@ class ConnectorType(Protocol):
 
     Options: ClassVar[type[Options]]
 
-    def __call__(self, source: Source, options: Any) -> Connector:
-        """The connector for a source whose options are valid."""
+    def __call__(self, source: Source, options: Any, place: Place) -> Connector:
+        """The connector of a source whose options are valid."""
 
 
 def known_types() -> list[str]:
@@ -95,4 +95,4 @@ def make_connector(source: Source, *, folder: Path, allowed_dirs: Sequence[Path]
         raise ValidationError.from_exception_data("Source", [detail])
     kind = cast(ConnectorType, next(iter(found)).load())
     place = Place(folder, tuple(allowed_dirs))
-    return kind(source, kind.Options.model_validate(source.options, context=place))
+    return kind(source, kind.Options.model_validate(source.options, context=place), place)

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from importlib.metadata import version
 from typing import Annotated, NoReturn
 
 import httpcore
@@ -57,6 +58,8 @@ class HttpOptions(Options):
     """Whether the host may lie in a private network. Link-local addresses (cloud metadata) are refused even then."""
     insecure_http: bool = False
     """Whether plain http is allowed to a host other than this machine."""
+    user_agent: Annotated[str, Field(pattern=r"^[ -~]{1,200}$")] = f"kbsync/{version('kbsync')}"
+    """Who asks: `kbsync/1.0 (mailto:ops@example.org)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Reply:
         return hashlib.sha256(self.body).hexdigest()
 
 
-def check_url(url: str, options: HttpOptions) -> str:
+def check_url(url: str, *, insecure_http: bool) -> str:
     """`url`, if a source may be read from it. Raises ValueError naming what is wrong."""
     try:
         parsed = httpx.URL(url)
@@ -89,7 +92,7 @@ def check_url(url: str, options: HttpOptions) -> str:
         raise ValueError("must be an https URL")
     if parsed.userinfo:
         raise ValueError("must not carry a user or a password")
-    if parsed.scheme == "http" and not (is_this_machine(parsed.host) or options.insecure_http):
+    if parsed.scheme == "http" and not (is_this_machine(parsed.host) or insecure_http):
         raise ValueError("is plain http: use https, or say `insecure_http: true`")
     return url
 
@@ -100,7 +103,8 @@ def send(source: str, request: httpx.Request, options: HttpOptions) -> Reply:
     Raises SourceUnavailable (no connection, timeout, 408, 425, 429, 5xx), SourceBlocked (403) and SourceInvalid (cut
     or too big, an address or a redirect that was not declared, any other status).
     """
-    request.headers.setdefault("Accept-Encoding", "gzip, deflate")
+    request.headers["User-Agent"] = options.user_agent
+    request.headers["Accept-Encoding"] = "gzip, deflate"
     with _one_at_a_time(request.url.host):
         exchange = _Exchange(source, options)
         for _ in range(MAX_REDIRECTS + 1):
