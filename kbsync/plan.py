@@ -32,6 +32,9 @@ __all__ = [
 
 EditKind = Literal["added", "changed", "re-rendered"]
 
+_Said = Mapping[FactKey, set[tuple[object, ...]]]
+"""The distinct things that are said of each key."""
+
 GUARDED_ROWS = 10
 """Rows of the last accepted snapshot from which on percentages count: of three rows one is 33 %, and no alarm."""
 
@@ -205,36 +208,28 @@ def make_plan(
 def check_guard(before: Sequence[Claim], snapshot: Snapshot, guard: Guard, *, first: bool) -> list[str]:
     """Why a snapshot looks suspicious beside the claims of its source's last accepted one; [] where it does not.
 
-    Shares are of the subjects claimed before, from 10 on; a subject has changed if its rows say anything else (labels,
-    ranks and dates too). `min_rows` compares good rows with good rows. A subject in quarantine is present. A partial snapshot says nothing by what it lacks. `first`: the source has no accepted
-    snapshot yet, and nothing to compare with.
+    Shares are of the subjects claimed before, and count from 10 rows on. A subject has changed if its rows say anything
+    else than before (labels, ranks and dates too); one in quarantine is present. `min_rows` compares good rows with
+    good rows. A partial snapshot says nothing by what it lacks. `first`: the source has no accepted snapshot yet, and
+    nothing to compare with.
     """
     if first or snapshot.not_modified or not before:
         return []
     if snapshot.complete and not snapshot.rows:
-        return [f"{snapshot.source}: no rows, {len(before)} before; a source does not become empty"]
+        return [f"{snapshot.source}: no rows, {len(before)} before: a source does not become empty"]
     old, new = _said(before), _said(snapshot.claims)
-    if len(old) < GUARDED_ROWS:
+    rows, rows_before = _rows(new), _rows(old)
+    if rows_before < GUARDED_ROWS:
         return []
-    counts = [
-        ("changed", sum(1 for key in old.keys() & new.keys() if old[key] != new[key]), guard.max_changed),
-        ("added", len(new.keys() - old.keys()), guard.max_added),
-    ]
-    if snapshot.complete:
-        present = {row.subject_id for row in snapshot.quarantined}
-        counts.append(
-            ("removed", sum(1 for key in old.keys() - new.keys() if key.subject not in present), guard.max_removed)
-        )
     reasons = [
         f"{snapshot.source}: {count} of {len(old)} subjects {what} ({count / len(old):.1%}), max_{what} is {limit:.1%}"
-        for what, count, limit in counts
+        for what, count, limit in _differences(old, new, snapshot, guard)
         if _more(count, limit * len(old))
     ]
-    rows, rows_before = _rows(new), _rows(old)
     if snapshot.complete and _more(guard.min_rows * rows_before, rows):
         share = f"{rows / rows_before:.1%}"
         reasons.append(
-            f"{snapshot.source}: {rows} good rows of {rows_before} ({share}), min_rows is {guard.min_rows:.1%}"
+            f"{snapshot.source}: {rows} of {rows_before} good rows ({share}), min_rows is {guard.min_rows:.1%}"
         )
     return reasons
 
@@ -329,7 +324,7 @@ def _edits(final: Mapping[FactKey, _Wanted], ours: Mapping[FactKey, Applied]) ->
 # Guard arithmetic --------------------------------------------------------------------------------------------------
 
 
-def _said(claims: Iterable[Claim]) -> dict[FactKey, set[tuple[object, ...]]]:
+def _said(claims: Iterable[Claim]) -> _Said:
     """What is said of each key, wherever it stands: the same row twice is one, a moved row is the same."""
     found: defaultdict[FactKey, set[tuple[object, ...]]] = defaultdict(set)
     for claim in claims:
@@ -337,7 +332,16 @@ def _said(claims: Iterable[Claim]) -> dict[FactKey, set[tuple[object, ...]]]:
     return dict(found)
 
 
-def _rows(said: Mapping[FactKey, set[tuple[object, ...]]]) -> int:
+def _differences(old: _Said, new: _Said, snapshot: Snapshot, guard: Guard) -> Iterator[tuple[str, int, float]]:
+    """What differs, in how many subjects, and which share of them the guard lets through."""
+    yield "changed", sum(1 for key in old.keys() & new.keys() if old[key] != new[key]), guard.max_changed
+    yield "added", len(new.keys() - old.keys()), guard.max_added
+    if snapshot.complete:
+        quarantined = {row.subject_id for row in snapshot.quarantined}
+        yield "removed", sum(1 for key in old.keys() - new.keys() if key.subject not in quarantined), guard.max_removed
+
+
+def _rows(said: _Said) -> int:
     return sum(len(each) for each in said.values())
 
 
