@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,6 @@ from torch import Tensor
 from kbsync.editor.answers import TOKENS_PER_BATCH, Scored, answers, final_states, log_probabilities, logit_chunks
 from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
 from kbsync.editor.model import Base
-from kbsync.editor.report import FactProbe, ProbeReport
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress, silent
@@ -34,6 +35,52 @@ __all__ = [
     "subject_controls",
     "weights_in",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class FactProbe:
+    """One fact on the edited weights. `efficacy`: the greedy continuation of the prompt starts with the object;
+    `hits` of `paraphrases` wordings do the same; `answer` is what the model says, `probability` is that of the whole
+    object after the prompt."""
+
+    digest: str
+    efficacy: bool
+    hits: int
+    paraphrases: int
+    answer: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """Shares in 0..1 and drift in nats per token (ARCHITECTURE "Probe and gate"); None where nothing was measured.
+
+    `specificity_drop`: share of the control prompts whose greedy answer differs from the base's. `drift`: mean
+    KL(base || edited) of the next token over `drift_tokens` held-out tokens. `controls` says which prompts were used.
+    """
+
+    efficacy: float | None
+    paraphrase: float | None
+    specificity_drop: float | None
+    drift: float | None
+    facts: tuple[FactProbe, ...]
+    control_prompts: int
+    controls: str
+    drift_tokens: int
+
+    @property
+    def failed(self) -> tuple[FactProbe, ...]:
+        """Facts that the edited weights do not answer."""
+        return tuple(fact for fact in self.facts if not fact.efficacy)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value that `from_json` reads back."""
+        return asdict(self) | {"facts": [asdict(fact) for fact in self.facts]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ProbeReport:
+        """The inverse of `to_json`. Raises TypeError where a field is missing or unknown."""
+        return cls(**{**value, "facts": tuple(FactProbe(**fact) for fact in value["facts"])})
 
 
 @contextmanager
