@@ -31,7 +31,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from kbsync.documents import Document, nearest, read_document
+from kbsync.documents import Document, describe, nearest, read_document
 from kbsync.errors import ConfigError, UsageError
 from kbsync.policy import Seconds
 
@@ -297,10 +297,9 @@ class Workspace:
 
 def _explain(document: Document, error: ValidationError) -> ConfigError:
     """The finding, at its line of kbsync.yaml or at the environment variable that it came from."""
-    first = str(error.errors(include_url=False)[0]["loc"][0])
-    if (name := f"{ENVIRONMENT}{first.upper()}") in os.environ:
-        message = error.errors(include_url=False)[0]["msg"]
-        return ConfigError(f"{message[:1].lower()}{message[1:]}", file="environment", key=name)
+    finding = error.errors(include_url=False)[0]
+    if (name := f"{ENVIRONMENT}{finding['loc'][0]}".upper()) in os.environ:
+        return ConfigError(describe(finding), file="environment", key=name)
     return document.explain(error, Settings)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -26,7 +27,7 @@ from ruamel.yaml.reader import ReaderError
 
 from kbsync.errors import ConfigError
 
-__all__ = ["MAX_BYTES", "Document", "KeyPath", "nearest", "read_document", "redact", "validate"]
+__all__ = ["MAX_BYTES", "Document", "KeyPath", "describe", "nearest", "read_document", "redact", "validate"]
 
 MAX_BYTES = 1_000_000
 """Largest file read, in bytes; a policy of a thousand relations is below 500 kB."""
@@ -79,7 +80,7 @@ class Document:
         finding = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
         key = self._known(at + tuple(finding["loc"]), missing=finding["type"] == "missing")
         more = error.error_count() - 1
-        problem, hint = _describe(finding["type"], finding["msg"], finding["input"]), ""
+        problem, hint = describe(finding), ""
         if finding["type"] == "extra_forbidden":
             hint = nearest(str(finding["loc"][-1]), model.model_fields if model and len(finding["loc"]) == 1 else ())
         return self.error(key, problem + (f" (and {more} more)" if more else ""), hint=hint)
@@ -200,8 +201,9 @@ class _Reader:
         return ConfigError(problem, file=self.path, line=node.start_mark.line + 1, key=name)
 
 
-def _describe(kind: str, message: str, value: object) -> str:
+def describe(finding: ErrorDetails) -> str:
     """One finding of pydantic in our words, with the wrong value (no password, one line)."""
+    kind, message, value = finding["type"], finding["msg"], finding["input"]
     if kind == "missing":
         return "is missing"
     if kind == "extra_forbidden":
