@@ -82,7 +82,7 @@ class CsvOptions(HttpOptions):
     @classmethod
     def _location(cls, value: str, info: ValidationInfo) -> str:
         if _is_url(value):
-            return check_url(value, insecure_http=bool(info.data.get("insecure_http")))
+            return check_url(value, info.data)
         Place.of(info).path(value)
         return value
 

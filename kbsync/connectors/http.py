@@ -13,9 +13,10 @@ Proxies of the environment are not used: behind one, the check of the address wo
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,6 +46,9 @@ LONGEST_SECONDS = 86_400.0
 """Retry-After counts up to one day: one header must not silence a source for a year."""
 EXCERPT_BYTES = 2_000
 """How much of an error's body is read for the message."""
+
+_WIKIMEDIA = re.compile(r"(^|\.)(wikidata|wikimedia|wikipedia)\.org$")
+_CONTACT = re.compile(r"[^\s@()<>:]+@[^\s@()<>]+\.[^\s@()<>]+|https?://[^\s()]+")
 
 
 class HttpOptions(Options):
@@ -82,8 +86,12 @@ class Reply:
         return hashlib.sha256(self.body).hexdigest()
 
 
-def check_url(url: str, *, insecure_http: bool) -> str:
-    """`url`, if a source may be read from it. Raises ValueError naming what is wrong."""
+def check_url(url: str, declared: Mapping[str, object]) -> str:
+    """`url`, if a source may be read from it under the options `declared` beside it.
+
+    Raises ValueError naming what is wrong; for Wikimedia also where `user_agent` has no contact
+    (https://foundation.wikimedia.org/wiki/Policy:Wikimedia_Foundation_User-Agent_Policy).
+    """
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
@@ -92,8 +100,10 @@ def check_url(url: str, *, insecure_http: bool) -> str:
         raise ValueError("must be an https URL")
     if parsed.userinfo:
         raise ValueError("must not carry a user or a password")
-    if parsed.scheme == "http" and not (is_this_machine(parsed.host) or insecure_http):
+    if parsed.scheme == "http" and not (is_this_machine(parsed.host) or declared.get("insecure_http")):
         raise ValueError("is plain http: use https, or say `insecure_http: true`")
+    if _WIKIMEDIA.search(parsed.host) and not _CONTACT.search(str(declared.get("user_agent", ""))):
+        raise ValueError("Wikimedia refuses clients without a contact: put a mail address or URL into `user_agent`")
     return url
 
 

@@ -75,7 +75,7 @@ def _subject_id(source: Source, row: Row) -> str:
         raise ValueError(row.problem)
     if not by_label:
         return f"{source.space}:{clean(row.subject_id, 'the id of the subject')}"
-    label = clean_label(row.subject, "the subject")
+    label = clean_label(row.subject, "the label of the subject")
     return f"{source.space}:{label_key(label) if source.match == 'label' else label}"
 
 
@@ -89,8 +89,8 @@ def _claim(source: Source, row: Row, subject_id: str) -> Claim:
     """The claim of a good row. Raises ValueError for what is wrong with a bad one."""
     if row.problem:
         raise ValueError(row.problem)
-    subject = Entity(subject_id, clean_label(row.subject, "the subject"))
-    label = clean_label(row.object, "the object")
+    subject = Entity(subject_id, clean_label(row.subject, "the label of the subject"))
+    label = clean_label(row.object, "the label of the object")
     thing = Entity(_object_id(source, row, label), label)
     if subject.id == thing.id or (not row.object_id and label_key(subject.label) == label_key(label)):
         raise ValueError(f"the object is the subject itself: {label}")
