@@ -22,9 +22,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from kbsync.errors import EditError, StoreError
-from kbsync.versions.files import sha256_of, write_durably
+from kbsync.versions.files import delta_file, sha256_of, write_durably
 
-__all__ = ["FORMAT", "Delta", "Factors", "correct", "delta_file", "read_delta", "write_delta"]
+__all__ = ["FORMAT", "Delta", "Factors", "correct", "read_delta", "write_delta"]
 
 FORMAT = "kbsync-delta/1"
 """The metadata entry `format` of a delta file. The only entry: safetensors writes several in no fixed order."""
@@ -68,13 +68,6 @@ class Delta:
         return next(iter(self.factors.values())).columns
 
 
-def delta_file(folder: Path, sha256: str) -> Path:
-    """Where the delta of this sha256 lies in `folder`. Raises StoreError for what is no sha256."""
-    if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-        raise StoreError(f"{sha256!r} is not the sha256 of a delta", hint="kbsync verify")
-    return folder / f"{sha256}.safetensors"
-
-
 def write_delta(folder: Path, delta: Delta) -> str:
     """Write `delta` durably into `folder` under its sha256, which is returned. A whole file of that name is kept.
 
@@ -93,7 +86,9 @@ def write_delta(folder: Path, delta: Delta) -> str:
     data = save(tensors, metadata={"format": FORMAT})
     digest = hashlib.sha256(data).hexdigest()
     path = delta_file(folder, digest)
-    if not (path.exists() and sha256_of(path) == digest):
+    if path.exists() and sha256_of(path) == digest:
+        path.touch()  # it may be an old orphan: as young as a new file, `gc` leaves it to the edit that needs it
+    else:
         write_durably(path, data)
     return digest
 

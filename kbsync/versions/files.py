@@ -17,10 +17,17 @@ from pathlib import Path
 
 from kbsync.errors import StoreError
 
-__all__ = ["TEMPORARY", "require_space", "sha256_of", "sweep_temporary", "sync_folder", "write_durably"]
+__all__ = ["TEMPORARY", "delta_file", "require_space", "sha256_of", "sweep_temporary", "sync_folder", "write_durably"]
 
 TEMPORARY = ".tmp-"
 """How the names of unfinished files begin."""
+
+
+def delta_file(folder: Path, sha256: str) -> Path:
+    """Where the delta of this sha256 lies in `folder`. Raises StoreError for what is no sha256."""
+    if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+        raise StoreError(f"{sha256!r} is not the sha256 of a delta", hint="kbsync verify")
+    return folder / f"{sha256}.safetensors"
 
 
 def sha256_of(path: Path) -> str:

@@ -74,7 +74,7 @@ class Manifest(_Value):
     base_fingerprint: Sha256
     modules: tuple[str, ...]
     """Module paths of the edited matrices in layer order: the order in which `weights_sha256` takes them."""
-    dtype: str
+    dtype: Annotated[str, Field(pattern=r"^(b?float16|float32|float64)$")]
     """The dtype that the weights are served in and `weights_sha256` was taken in: `float32`, `bfloat16`, …"""
     active: tuple[ActiveDelta, ...]
     weights_sha256: Sha256

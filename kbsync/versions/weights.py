@@ -36,7 +36,10 @@ def rebuild(pristine: Mapping[str, Tensor], active: Sequence[ActiveDelta], read:
     corrections: W += left[:, j] · right[j, :], elementwise. A dense delta is added as one column. `pristine` is not
     changed. Raises StoreError for a delta of other modules or shapes, or one that cannot give up a column.
     """
-    weights = {module: matrix.to(torch.float64, copy=True) for module, matrix in pristine.items()}
+    weights = {
+        module: matrix.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        for module, matrix in pristine.items()
+    }
     for entry in active:
         delta = read(entry.delta)
         _add(weights, delta, entry.delta, live_columns(entry, delta))

@@ -1,0 +1,214 @@
+"""The version store: deltas by content, manifests by number, HEAD. Torch-free.
+
+    data/deltas/sha256/<hex>.safetensors     immutable, shared by all models
+    data/versions/<model>/000007.json        manifest
+    data/versions/<model>/HEAD               the live number; derived from the ledger, put right at every start
+
+The ledger's row is what publishes a version. So files are written before it, a file that no row names is harmless, and
+a row that names a missing or altered file is what `verify` finds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kbsync.errors import StoreError
+from kbsync.versions.files import delta_file, sha256_of, write_durably
+from kbsync.versions.manifest import ActiveDelta, Manifest
+
+__all__ = ["ORPHAN_AGE", "Problem", "VersionRecord", "VersionStore", "named"]
+
+ORPHAN_AGE = timedelta(hours=1)
+"""How long a file that no version names is left alone: it may belong to an edit that is about to be published."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """What the ledger says of a version: the number, the sha256 of its manifest (None: it has none), its deltas."""
+
+    number: int
+    manifest_sha256: str | None
+    active: tuple[ActiveDelta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with a file of the store, and which versions need it."""
+
+    path: Path
+    reason: str
+    versions: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        needed = ", ".join(map(str, self.versions))
+        return f"{self.path}: {self.reason}" + (f" (needed by version {needed})" if needed else "")
+
+
+@dataclass(frozen=True, slots=True)
+class VersionStore:
+    """The files of one model's versions below `data`; its deltas lie with those of the other models."""
+
+    data: Path
+    model: str
+
+    @property
+    def deltas(self) -> Path:
+        """The folder of delta files."""
+        return self.data / "deltas" / "sha256"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this model's manifests and HEAD."""
+        return self.data / "versions" / self.model
+
+    def delta_path(self, sha256: str) -> Path:
+        """Where a delta lies. Raises StoreError for what is no sha256."""
+        return delta_file(self.deltas, sha256)
+
+    def manifest_path(self, number: int) -> Path:
+        """Where the manifest of version `number` lies."""
+        return self.folder / f"{number:06d}.json"
+
+    def write_manifest(self, manifest: Manifest) -> str:
+        """Write a manifest durably and return its sha256, which the ledger is to record. Raises StoreError.
+
+        A manifest of that number that is there already was never published (the ledger gives each number once).
+        """
+        if manifest.model != self.model:
+            raise StoreError(f"manifest of model {manifest.model} does not belong to {self.model}")
+        return write_durably(self.manifest_path(manifest.number), manifest.to_bytes())
+
+    def manifest(self, number: int, sha256: str | None) -> Manifest:
+        """The manifest of version `number`, as the ledger recorded it (`sha256` None: not recorded, not compared).
+
+        Raises StoreError naming the file where it is missing, altered, or another version's.
+        """
+        path = self.manifest_path(number)
+        data = _read(path)
+        if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+            raise StoreError(
+                f"{path}: altered, its sha256 is {found}, recorded {sha256}", hint="restore it from a backup"
+            )
+        try:
+            manifest = Manifest.from_bytes(data)
+        except ValueError as error:
+            raise StoreError(
+                f"{path}: not a manifest that this kbsync reads: {_problem(error)}", hint="update kbsync"
+            ) from error
+        if (manifest.model, manifest.number) != (self.model, number):
+            raise StoreError(f"{path}: is the manifest of version {manifest.number} of {manifest.model}")
+        return manifest
+
+    def require(self, number: int, sha256: str | None) -> None:
+        """Raise StoreError unless all files of version `number` are there and as recorded. Version 0 needs none."""
+        if sha256 is None:
+            return
+        active = self.manifest(number, sha256).active
+        for problem in self.verify([VersionRecord(number, sha256, active)]):
+            raise StoreError(str(problem), hint="roll back to another version: kbsync log")
+
+    def write_head(self, number: int) -> None:
+        """Replace HEAD. Raises StoreError where the disk refuses."""
+        write_durably(self.folder / "HEAD", f"{number}\n".encode())
+
+    def head(self) -> int | None:
+        """The live version by HEAD, None where there is no HEAD yet. Raises StoreError for a damaged one."""
+        path = self.folder / "HEAD"
+        if not path.exists():
+            return None
+        text = _read(path).decode(errors="replace").strip()
+        if not text.isdecimal():
+            raise StoreError(
+                f"{path}: {text!r} is no version number", hint="kbsync sync writes it anew from the ledger"
+            )
+        return int(text)
+
+    def verify(self, records: Sequence[VersionRecord], *, head: int | None = None) -> list[Problem]:
+        """Read every file again that the ledger's records name, and say what is wrong. `head`: the ledger's, if HEAD
+        is to be compared. Reads each delta once. Weights are compared by `kbsync.versions.weights`."""
+        problems = [problem for record in records for problem in self._verify_manifest(record)]
+        problems += self._verify_deltas(records)
+        if head is not None:
+            problems += self._verify_head(head)
+        return problems
+
+    def _verify_manifest(self, record: VersionRecord) -> Iterator[Problem]:
+        if record.manifest_sha256 is None:
+            return
+        path, versions = self.manifest_path(record.number), (record.number,)
+        try:
+            manifest = self.manifest(record.number, record.manifest_sha256)
+        except StoreError as error:
+            yield Problem(path, error.message.removeprefix(f"{path}: "), versions)
+            return
+        if manifest.active != record.active:
+            yield Problem(path, "its active deltas are not those of the ledger", versions)
+
+    def _verify_deltas(self, records: Sequence[VersionRecord]) -> Iterator[Problem]:
+        needed: dict[str, list[int]] = {}
+        for record in records:
+            for sha256 in sorted(named(record.active)):
+                needed.setdefault(sha256, []).append(record.number)
+        for sha256, versions in sorted(needed.items()):
+            path = self.delta_path(sha256)
+            try:
+                found = sha256_of(path)
+            except OSError as error:
+                yield Problem(path, error.strerror or str(error), tuple(versions))
+                continue
+            if found != sha256:
+                yield Problem(path, f"damaged, its sha256 is now {found}", tuple(versions))
+
+    def _verify_head(self, head: int) -> Iterator[Problem]:
+        path = self.folder / "HEAD"
+        try:
+            found = self.head()
+        except StoreError as error:
+            yield Problem(path, error.message.removeprefix(f"{path}: "))
+            return
+        if found != head:
+            yield Problem(path, f"names version {found}, the ledger {head}")
+
+    def orphans(
+        self, live: Collection[str], numbers: Collection[int], *, older_than: timedelta = ORPHAN_AGE
+    ) -> list[Path]:
+        """Files that no version names and that nothing has touched for `older_than`: deltas whose sha256 is not in
+        `live` (of ALL models: they share the folder) and manifests of this model whose number is not in `numbers`."""
+        kept = {self.delta_path(sha256) for sha256 in live} | {self.manifest_path(number) for number in numbers}
+        files = [*self.deltas.glob("*.safetensors"), *self.folder.glob("*.json")]
+        before = time.time() - older_than.total_seconds()
+        return sorted(path for path in files if path not in kept and path.stat().st_mtime < before)
+
+    def gc(self, live: Collection[str], numbers: Collection[int], *, older_than: timedelta = ORPHAN_AGE) -> list[Path]:
+        """Remove the orphans and return them. Only for the holder of the writer lock."""
+        found = self.orphans(live, numbers, older_than=older_than)
+        for path in found:
+            path.unlink(missing_ok=True)
+        return found
+
+
+def named(active: Iterable[ActiveDelta]) -> set[str]:
+    """The sha256 of every file that these active deltas name, corrections too."""
+    return {sha256 for entry in active for sha256 in (entry.delta, entry.corrections) if sha256 is not None}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}", hint="kbsync verify") from error
+
+
+def _problem(error: ValueError) -> str:
+    """A validation error in one line: the first field that is wrong, and how."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
