@@ -13,42 +13,49 @@ from kbsync.editor.preset import Preset
 from kbsync.facts import EditRequest
 from kbsync.versions.manifest import ActiveDelta
 
-__all__ = ["EditJob", "EditResult", "FailedFact"]
+__all__ = ["ControlFile", "EditJob", "EditResult", "FailedFact"]
 
 
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
+class ControlFile(_Value):
+    """A file of subjects of a relation that are never synced, and the relation's prompt template."""
+
+    path: str
+    prompt: str
+
+
 class EditJob(_Value):
-    """One edit: take columns out of the deltas of a version, teach new requests, write and probe the outcome.
+    """One edit: leave columns out of the deltas of a version, teach new requests, write and probe the outcome.
 
     Paths are absolute. `active` are the deltas of the version that the edit starts from, whose recorded hash is
     `weights_sha256` (None for a version whose hash is not known yet: the pristine base before its first edit).
-    `excluded` gives, for each delta that is to stay, all columns that are to be left out of it.
     """
 
     model_path: str
     fingerprint: str
     device: str
     dtype: str
-    max_gpu_memory: str | None = None
+    max_gpu_memory: int | None = None
     preset: Preset
     deltas: str
     targets: str
     active: tuple[ActiveDelta, ...]
     weights_sha256: str | None
-    excluded: dict[str, tuple[int, ...]]
+    live: tuple[tuple[str, tuple[int, ...]], ...]
+    """The columns to keep, delta by delta in the order in which they are added up; all others are left out."""
+    supersedes: dict[str, tuple[str, int]] = {}
+    """Digest of a request -> the live (delta, column) that it replaces: left out if, and only if, the request stays."""
     requests: tuple[dict[str, Any], ...]
     """Edit requests as JSON (`EditRequest.to_json`), one column each in this order."""
     skip_known: tuple[str, ...] = ()
     """Digests of requests that are left out where the base already answers them."""
     retained: tuple[dict[str, Any], ...] = ()
     """Live facts of earlier versions to probe again."""
-    controls: str | None = None
-    """A file of control subjects; None: the shipped common-knowledge prompts."""
-    control_prompt: str | None = None
-    """The relation's prompt template, for the subjects of `controls`."""
+    controls: tuple[ControlFile, ...] = ()
+    """Never-synced subjects to measure specificity on; none: the shipped common-knowledge prompts."""
     synced_subjects: tuple[str, ...] = ()
 
     def edit_requests(self) -> list[EditRequest]:

@@ -1,0 +1,45 @@
+"""The command line. Each command is one function; none loads torch unless it touches a model.
+
+`main` is the console script: it turns kbsync's errors into one line and a hint on stderr, and their exit code.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from kbsync.cli import write
+from kbsync.errors import KbsyncError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="kbsync",
+    help="Keeps the facts inside a language model fresh: sources, fact ledger, MEMIT edits, versions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(write.app)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except KbsyncError as error:
+        fail(error)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def fail(error: KbsyncError) -> None:
+    """Say what went wrong in one line, what to do in the next, and end with the error's exit code."""
+    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr.print(f"[red]error:[/] {escape(error.message)}")
+    if error.hint:
+        stderr.print(f"[bold]hint:[/] {escape(error.hint)}")
+    sys.exit(error.exit_code)

@@ -1,0 +1,127 @@
+"""What every command shares: options, the progress bar, tables, JSON, and how an error is said."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from kbsync.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from kbsync.config import Workspace
+    from kbsync.ledger import Ledger
+
+__all__ = [
+    "AsJson",
+    "Root",
+    "bars",
+    "console",
+    "emit",
+    "opened",
+    "say",
+    "share",
+    "table",
+    "user",
+]
+
+Root = Annotated[
+    Path,
+    typer.Option("--workspace", "-w", envvar="KBSYNC_WORKSPACE", help="The folder with kbsync.yaml.", metavar="DIR"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def user() -> str:
+    """Who the audit log says it was."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def say(text: str = "") -> None:
+    """One line for a person; rich markup is meant."""
+    console.print(text)
+
+
+def emit(value: object) -> None:
+    """One JSON document on stdout: what `--json` prints, sorted keys, UTF-8."""
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n")
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """A progress bar per phase on a terminal; nothing where stdout is none."""
+    if not sys.stdout.isatty():
+        yield silent
+        return
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True) as drawn:
+        tasks: dict[str, Any] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = drawn.add_task(escape(phase), total=total)
+            drawn.update(tasks[phase], completed=done, total=total)
+
+        yield progress
+
+
+@contextmanager
+def opened(root: Path) -> Iterator[tuple[Workspace, Ledger]]:
+    """The workspace at `root` and its ledger, for reading."""
+    from kbsync.config import Workspace
+    from kbsync.ledger import Ledger
+
+    workspace = Workspace.load(root)
+    ledger = Ledger.open(workspace.ledger_url)
+    try:
+        yield workspace, ledger
+    finally:
+        ledger.close()
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; what sources wrote is never taken for markup. Says so where there is no row."""
+    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    if drawn.row_count:
+        console.print(drawn)
+    else:
+        say(f"{title}: none")
+
+
+def share(value: object) -> str:
+    """A share or a number of a probe report, or – where it was not measured."""
+    return f"{value:.3f}" if isinstance(value, float | int) else "–"
+
+
+def probe_line(probe: Mapping[str, Any] | None) -> str:
+    """The four numbers of a probe report in one line."""
+    if not probe:
+        return "not probed"
+    names = ("efficacy", "paraphrase", "specificity_drop", "drift")
+    return "  ".join(f"{name.replace('_', ' ')} {share(probe.get(name))}" for name in names)

@@ -1,0 +1,207 @@
+"""The commands that change the ledger or the live version. While the daemon runs they are handed to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from kbsync.cli.common import AsJson, Root, bars, emit, probe_line, say, user
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+Policies = Annotated[list[str] | None, typer.Argument(help="Policies; default: all.", show_default=False)]
+Run = Annotated[int, typer.Argument(help="Number of the held run.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the audit log.")]
+
+
+@app.command()
+def plan(policies: Policies = None, root: Root = Path(), as_json: AsJson = False) -> None:
+    """Show what `sync` would do now, without doing it."""
+    _passes("plan", {"policies": policies or []}, root, as_json)
+
+
+@app.command()
+def sync(
+    policies: Policies = None,
+    root: Root = Path(),
+    as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `kbsync plan`.")] = False,
+) -> None:
+    """Fetch the sources, record what changed, and bring the model in line."""
+    _passes("plan" if dry_run else "sync", {"policies": policies or []}, root, as_json)
+
+
+@app.command()
+def approve(run: Run, root: Root = Path(), as_json: AsJson = False) -> None:
+    """Apply exactly the plan of a run that a guard held."""
+    _passes("approve", {"run": run}, root, as_json)
+
+
+@app.command()
+def reject(run: Run, root: Root = Path(), reason: Reason = "", as_json: AsJson = False) -> None:
+    """Drop a run that a guard held; its snapshot never reaches the ledger."""
+    _passes("reject", {"run": run, "reason": reason}, root, as_json)
+
+
+@app.command()
+def rollback(
+    to: Annotated[int, typer.Option("--to", help="The version to go back to; 0 is the pristine model.", min=0)],
+    root: Root = Path(),
+    reason: Reason = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier version live again. What that takes out is held until `kbsync release`."""
+    done = _perform("rollback", {"to": to, "reason": reason}, root)
+    if as_json:
+        return emit(done)
+    say(f"version [bold]{done['version']}[/] is live (was {done['from']}), weights {str(done['weights_sha256'])[:12]}")
+    _say_held(done)
+    return None
+
+
+@app.command()
+def revert(
+    version: Annotated[int | None, typer.Argument(help="The version to undo, anywhere in the history.")] = None,
+    fact: Annotated[
+        tuple[str, str] | None, typer.Option("--fact", help="Take one fact out.", metavar="SUBJECT RELATION")
+    ] = None,
+    root: Root = Path(),
+    reason: Reason = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a new version without the work of one version, or without one fact; later versions stay."""
+    from kbsync.errors import UsageError
+
+    if (version is None) == (fact is None):
+        raise UsageError("give either a version or --fact SUBJECT RELATION", hint="kbsync log lists the versions")
+    arguments: dict[str, Any] = {"reason": reason}
+    if fact is not None:
+        arguments["key"] = _key(root, *fact)
+    else:
+        arguments["version"] = version
+    done = _perform("revert", arguments, root)
+    if as_json:
+        return emit(done)
+    say(f"version [bold]{done['version']}[/] is live, weights {str(done['weights_sha256'])[:12]}")
+    say(f"  {probe_line(done['probe'])}")
+    _say_held(done)
+    return None
+
+
+@app.command()
+def release(
+    subject: Annotated[str | None, typer.Argument(help="Subject: its id or its label.")] = None,
+    relation: Annotated[str | None, typer.Argument(help="Relation.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="End every hold.")] = False,
+    root: Root = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """End holds, so that the next sync applies what the ledger wants."""
+    from kbsync.errors import UsageError
+
+    if everything == (subject is not None) or (subject is not None and relation is None):
+        raise UsageError("give SUBJECT RELATION, or --all", hint="kbsync holds lists what is held")
+    keys = [] if subject is None or relation is None else [_key(root, subject, relation)]
+    done = _perform("release", {"keys": keys, "everything": everything}, root)
+    if as_json:
+        return emit(done)
+    say(f"{done['released']} released; `kbsync sync` applies them")
+    return None
+
+
+@app.command()
+def gc(
+    root: Root = Path(),
+    hours: Annotated[float, typer.Option("--older-than", help="Hours that a file must be old.", min=0)] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove files that no version refers to."""
+    done = _perform("gc", {"older_than": hours * 3600, "dry": dry_run}, root)
+    if as_json:
+        return emit(done)
+    for path in done["files"]:
+        say(escape(path))
+    say(f"{len(done['files'])} files {'would be' if dry_run else ''} removed, {done['bytes'] / 1e6:.1f} MB")
+    return None
+
+
+def _perform(command: str, arguments: dict[str, Any], root: Path) -> dict[str, Any]:
+    from kbsync.commands import perform
+
+    with bars() as progress:
+        return perform(root, command, arguments, user=user(), progress=progress)
+
+
+def _passes(command: str, arguments: dict[str, Any], root: Path, as_json: bool) -> None:
+    """Run a command that reports passes, print them, and end with the gravest exit code among them."""
+    done = _perform(command, arguments, root)
+    if as_json:
+        emit(done)
+    else:
+        for report in done["reports"]:
+            say_report(report)
+    if code := max((report["exit_code"] for report in done["reports"]), default=0):
+        raise typer.Exit(code)
+
+
+def say_report(report: dict[str, Any]) -> None:
+    """One pass for a person."""
+    run = f"run {report['run']}" if report["run"] else "dry run"
+    say(f"[bold]{escape(report['policy'])}[/]  {run}  {report['status']}")
+    counts = report["counts"]
+    if counts:
+        shown = ("rows", "added", "ended", "quarantined", "changes", "conflicts", "pending", "held", "failed")
+        say("  " + "  ".join(f"{counts[name]} {name}" for name in shown if counts.get(name)))
+    if report["plan"]:
+        _say_plan(report["plan"])
+    for number in report["versions"]:
+        say(f"  version [bold]{number}[/] published")
+    if report["probe"]:
+        say(f"  {probe_line(report['probe'])}")
+    for problem in report["problems"]:
+        say(f"  [red]{escape(problem['message'])}[/]")
+        if problem["hint"]:
+            say(f"  hint: {escape(problem['hint'])}")
+
+
+SHOWN_EDITS = 20
+"""Edits that a plan lists for a person; `--json` has them all."""
+
+
+def _say_plan(plan: dict[str, Any]) -> None:
+    edits, retractions = plan["edits"], plan["retractions"]
+    say(f"  plan on version {plan['head']}: {len(edits)} edits, {len(retractions)} retractions")
+    for edit in edits[:SHOWN_EDITS]:
+        before = f" (was {edit['before']})" if edit["before"] else ""
+        say(f"    {edit['kind']:<11} {escape(edit['prompt'])} [bold]{escape(edit['target'])}[/]{escape(before)}")
+    if len(edits) > SHOWN_EDITS:
+        say(f"    … and {len(edits) - SHOWN_EDITS} more (--json lists all)")
+    for gone in retractions[:SHOWN_EDITS]:
+        say(f"    retract     {escape(gone['relation'])} of {escape(gone['subject'])}: {escape(gone['target'])}")
+
+
+def _say_held(done: dict[str, Any]) -> None:
+    if done["held"]:
+        say(f"{done['held']} changes are held; `kbsync holds` lists them, `kbsync release` ends a hold")
+
+
+def _key(root: Path, subject: str, relation: str) -> list[str]:
+    """(relation, subject id) of a subject given by id or label."""
+    from kbsync.cli.common import opened
+    from kbsync.errors import UsageError
+
+    with opened(root) as (_, ledger), ledger.read() as db:
+        found = sorted({row.fact.key for row in db.history(subject, relation)})
+    if len(found) != 1:
+        many = ", ".join(key.subject for key in found)
+        raise UsageError(
+            f"{subject!r} is {'ambiguous: ' + many if found else 'not in the ledger'} ({relation})",
+            hint="kbsync facts shows subjects with their ids",
+        )
+    return list(found[0])

@@ -1,0 +1,100 @@
+"""The commands that write, by name: one table for the command line and for the daemon's control socket.
+
+perform(root, "rollback", {"to": 1}, user="ada")      # here, or in the daemon that holds the workspace
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from kbsync.config import Workspace
+from kbsync.control import call
+from kbsync.errors import Busy, UsageError
+from kbsync.facts import FactKey
+from kbsync.lock import writer_lock
+from kbsync.progress import Progress, silent
+from kbsync.reconcile import Reconciler, open_workspace
+
+__all__ = ["COMMANDS", "UNDO", "execute", "perform"]
+
+
+def _sync(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"reports": [report.to_json() for report in reconciler.sync(arguments.get("policies", []))]}
+
+
+def _plan(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"reports": [report.to_json() for report in reconciler.plan(arguments.get("policies", []))]}
+
+
+def _approve(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"reports": [reconciler.approve(arguments["run"]).to_json()]}
+
+
+def _reject(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"reports": [reconciler.reject(arguments["run"], arguments.get("reason", "")).to_json()]}
+
+
+def _rollback(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return reconciler.rollback(arguments["to"], arguments.get("reason", ""))
+
+
+def _revert(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    reason = arguments.get("reason", "")
+    if "version" in arguments:
+        return reconciler.revert_version(arguments["version"], reason)
+    return reconciler.revert_fact(FactKey(*arguments["key"]), reason)
+
+
+def _release(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    keys = [FactKey(*key) for key in arguments.get("keys", [])]
+    return reconciler.release(keys, everything=bool(arguments.get("everything")))
+
+
+def _gc(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return reconciler.gc(timedelta(seconds=arguments["older_than"]), dry=bool(arguments.get("dry")))
+
+
+COMMANDS: dict[str, Callable[[Reconciler, Mapping[str, Any]], dict[str, Any]]] = {
+    "sync": _sync,
+    "plan": _plan,
+    "approve": _approve,
+    "reject": _reject,
+    "rollback": _rollback,
+    "revert": _revert,
+    "release": _release,
+    "gc": _gc,
+}
+UNDO = frozenset({"rollback"})
+"""Commands that go before a running edit: it is cancelled and planned again later."""
+
+
+def execute(reconciler: Reconciler, command: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Do one command. Raises UsageError for one that is not known or lacks an argument."""
+    if command not in COMMANDS:
+        raise UsageError(f"no command {command}", hint="kbsync --help")
+    try:
+        return COMMANDS[command](reconciler, arguments)
+    except KeyError as error:
+        raise UsageError(f"{command} needs the argument {error}", hint=f"kbsync {command} --help") from error
+
+
+def perform(
+    root: Path,
+    command: str,
+    arguments: dict[str, Any],
+    *,
+    user: str,
+    progress: Progress = silent,
+    cancelled: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Do one command here if the workspace is free, else have the daemon that holds it do it."""
+    workspace = Workspace.load(root)
+    try:
+        with writer_lock(workspace.lock), open_workspace(root, user=user, progress=progress, cancelled=cancelled) as it:
+            return execute(it, command, arguments)
+    except Busy:
+        return call(workspace.socket, command, arguments, user=user, progress=progress)

@@ -1,0 +1,231 @@
+"""`kbsync daemon`: passes on schedule, write commands through the control socket, one piece of work at a time.
+
+Schedules live in memory and are rebuilt from the policies at every start; what was due meanwhile is in the ledger, so
+an overdue policy runs once at start. A rollback does not wait: it cancels the running edit, which is planned again
+after it. SIGTERM and SIGINT end the current work within the grace time and exit 0 (a second one exits at once);
+SIGHUP reads the policies again, and a broken file leaves the old ones in force.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.memory import MemoryJobStore
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from kbsync.catalog import Catalog, load_catalog
+from kbsync.commands import UNDO, execute
+from kbsync.config import Workspace
+from kbsync.control import serve
+from kbsync.errors import Busy, Cancelled, KbsyncError
+from kbsync.ledger import Ledger
+from kbsync.ledger.records import ScheduleState
+from kbsync.lock import writer_lock
+from kbsync.progress import Progress, silent
+from kbsync.reconcile import Reconciler
+from kbsync.schedule import overdue, trigger
+
+__all__ = ["Daemon", "run_daemon"]
+
+USER = "daemon"
+EVENTS = {
+    EVENT_JOB_ERROR: "job_error",
+    EVENT_JOB_MISSED: "job_missed",
+    EVENT_JOB_MAX_INSTANCES: "job_skipped_still_running",
+}
+
+log = structlog.get_logger()
+
+
+def run_daemon(root: Path) -> None:
+    """Run until a signal ends it. Raises Busy where another process holds the workspace, ConfigError and LedgerError
+    where it cannot start."""
+    workspace = Workspace.load(root)
+    catalog = load_catalog(workspace)
+    with writer_lock(workspace.lock):
+        ledger = Ledger.open(workspace.ledger_url)
+        try:
+            Daemon(workspace, catalog, ledger).run()
+        finally:
+            ledger.close()
+
+
+class Daemon:
+    """The running daemon of one workspace. `run` blocks; `stop` ends it from another thread or a signal handler."""
+
+    def __init__(self, workspace: Workspace, catalog: Catalog, ledger: Ledger) -> None:
+        self._workspace = workspace
+        self._catalog = catalog
+        self._ledger = ledger
+        self._working = threading.Lock()
+        self._cancelled = threading.Event()
+        self._stopping = threading.Event()
+        self._reloading = threading.Event()
+        self._wake = threading.Event()
+        self._undoing = 0
+        self._scheduler = BackgroundScheduler(
+            jobstores={"default": MemoryJobStore()},
+            executors={"default": ThreadPoolExecutor(max_workers=4)},
+            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
+            timezone=UTC,
+        )
+
+    def run(self) -> None:
+        """Serve until `stop`; on return nothing is running any more."""
+        with self._signals(), serve(self._workspace.socket, self._handle):
+            self._scheduler.add_listener(self._note_event, sum(EVENTS))
+            self._schedule_all()
+            self._scheduler.start()
+            log.info("daemon_started", workspace=str(self._workspace.root), policies=len(self._catalog.policies))
+            while not self._stopping.is_set():
+                self._wake.wait()
+                self._wake.clear()
+                if self._reloading.is_set():
+                    self._reloading.clear()
+                    self.reload()
+            self._finish()
+        log.info("daemon_stopped")
+
+    def stop(self) -> None:
+        """Ask `run` to end: no new work is begun, the current one ends or is put back within the grace time."""
+        self._stopping.set()
+        self._wake.set()
+
+    def reload(self) -> None:
+        """Read sources and policies again; where a file is wrong the old ones stay in force."""
+        try:
+            catalog = load_catalog(self._workspace)
+        except KbsyncError as error:
+            log.error("reload_failed", problem=error.message, hint=error.hint)
+            return
+        self._catalog = catalog
+        self._schedule_all()
+        log.info("reloaded", policies=sorted(catalog.policies))
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop (the second one exits at once), SIGHUP reloads; only where run in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def end(number: int, _frame: FrameType | None) -> None:
+            if self._stopping.is_set():
+                os._exit(128 + number)
+            self.stop()
+
+        def again(_number: int, _frame: FrameType | None) -> None:
+            self._reloading.set()
+            self._wake.set()
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGHUP, again)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _finish(self) -> None:
+        """Give the current work half of the grace time to end by itself, then cancel it: it is put back."""
+        self._scheduler.shutdown(wait=False)
+        grace = float(self._workspace.settings.grace)
+        if self._working.acquire(timeout=grace / 2):
+            return
+        log.info("cancelling", reason="stopping")
+        self._cancelled.set()
+        if not self._working.acquire(timeout=grace / 2):
+            log.error("work_abandoned", reason=f"did not end within {grace:g} s")
+
+    def _schedule_all(self) -> None:
+        """Make the jobs those of the policies; one that is overdue by the ledger, or never ran, is due now."""
+        wanted = self._catalog.policies
+        for job in self._scheduler.get_jobs():
+            if job.id not in wanted:
+                job.remove()
+        now = datetime.now(UTC)
+        for name, policy in wanted.items():
+            with self._ledger.read() as db:
+                state = db.schedule_state(name)
+            due = overdue(policy.schedule, state.last_started if state else None, now)
+            first = {"next_run_time": now} if due else {}
+            self._scheduler.add_job(
+                self._pass, trigger(policy.schedule), args=[name], id=name, replace_existing=True, **first
+            )
+
+    def _pass(self, name: str) -> None:
+        """One scheduled pass of a policy."""
+        with self._working:
+            if self._stopping.is_set() or name not in self._catalog.policies:
+                return
+            started = datetime.now(UTC)
+            self._note_schedule(name, started, ok=False)
+            try:
+                reports = self._reconciler(USER, silent).sync([name], trigger="schedule")
+            except Cancelled as error:
+                log.info("pass_put_back", policy=name, reason=error.message)
+                self._again(name)
+            except KbsyncError as error:
+                log.error("pass_failed", policy=name, problem=error.message, hint=error.hint)
+            else:
+                self._note_schedule(name, started, ok=all(report.exit_code == 0 for report in reports))
+
+    def _handle(self, command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
+        """A write command from the control socket. An undo goes before the work that is running."""
+        if self._stopping.is_set():
+            raise Busy("the daemon is stopping", hint="give the command again in a moment")
+        undo = command in UNDO
+        if undo:
+            self._undoing += 1
+            self._cancelled.set()
+        with self._working:
+            if undo:
+                self._undoing -= 1
+            if not self._undoing:
+                self._cancelled.clear()
+            log.info("command", command=command, user=user)
+            try:
+                return execute(self._reconciler(user, progress), command, arguments)
+            except KbsyncError:
+                raise
+            except Exception as error:
+                log.exception("command_failed", command=command)
+                raise KbsyncError(f"{command}: {type(error).__name__}: {error}", hint="see the daemon's log") from error
+
+    def _reconciler(self, user: str, progress: Progress) -> Reconciler:
+        return Reconciler(self._workspace, self._catalog, self._ledger, user, progress, self._cancelled)
+
+    def _again(self, name: str) -> None:
+        """A cancelled pass is due again at once, unless the daemon is stopping."""
+        if not self._stopping.is_set() and (job := self._scheduler.get_job(name)) is not None:
+            job.modify(next_run_time=datetime.now(UTC))
+
+    def _note_schedule(self, name: str, started: datetime, *, ok: bool) -> None:
+        job = self._scheduler.get_job(name)
+        with self._ledger.write() as db:
+            before = db.schedule_state(name)
+            last_ok = started if ok else before.last_ok if before else None
+            db.set_schedule_state(
+                ScheduleState(name, last_started=started, last_ok=last_ok, next_due=job.next_run_time if job else None)
+            )
+
+    def _note_event(self, event: JobEvent) -> None:
+        """What the scheduler could not do is in the log and in the ledger."""
+        kind = EVENTS[event.code]
+        detail: Mapping[str, Any] = {"policy": event.job_id, "problem": str(getattr(event, "exception", "") or "")}
+        log.error(kind, **detail)
+        with self._ledger.write() as db:
+            db.audit(USER, kind, dict(detail))

@@ -1,0 +1,316 @@
+"""The child process that edits: one job in on stdin, events out on stdout (`kbsync.child` is the other end).
+
+    pristine base ─▶ targets z (cached) ─▶ weights of the live columns ─▶ insert ─▶ delta file ─▶ rebuild it ─▶ probe
+
+Facts that fail their own probe are taken out and the rest is inserted once more. Nothing is published here: the outcome
+is files named by their content, and a report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kbsync.editor.answers import log_probabilities
+from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
+from kbsync.editor.job import EditJob, EditResult, FailedFact
+from kbsync.editor.memit import Insertion, insert
+from kbsync.editor.model import Base, load_base
+from kbsync.editor.probe import ProbeReport, probe, weights_in
+from kbsync.editor.statistics import Statistics, statistics_for
+from kbsync.editor.target_store import TargetStore
+from kbsync.editor.targets import Target, compute_targets
+from kbsync.errors import EditError, KbsyncError, StoreError
+from kbsync.facts import EditRequest
+from kbsync.progress import Progress
+from kbsync.versions.delta import Delta, correct, read_delta, write_delta
+from kbsync.versions.manifest import ActiveDelta
+from kbsync.versions.weights import live_keys, rebuild, served, weights_sha256
+
+__all__ = ["main", "perform"]
+
+LIBRARIES = ("kbsync", "torch", "transformers", "safetensors", "numpy")
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One insertion, written, rebuilt and probed."""
+
+    requests: list[EditRequest]
+    active: tuple[ActiveDelta, ...]
+    delta: str | None
+    matrices: dict[str, Tensor]
+    report: ProbeReport
+    insertion: Insertion | None
+
+
+@dataclass(slots=True)
+class _Editor:
+    """What the steps of one job share."""
+
+    job: EditJob
+    progress: Progress
+    base: Base
+    statistics: Statistics
+    seconds: dict[str, float] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the block's wall-clock seconds to `phase`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def read(self, sha256: str) -> Delta:
+        """A delta of the store, checked and kept."""
+        if sha256 not in self.deltas:
+            self.deltas[sha256] = read_delta(Path(self.job.deltas), sha256)
+        return self.deltas[sha256]
+
+    def modules(self, active: Sequence[ActiveDelta]) -> tuple[str, ...]:
+        """The edited matrices in layer order: those of the preset and those that live deltas change."""
+        edited = {self.base.spec.down_name(layer) for layer in self.job.preset.layers}
+        for entry in active:
+            edited.update(self.read(entry.delta).factors)
+        order = [self.base.spec.down_name(layer) for layer in range(self.base.layers)]
+        return tuple(name for name in order if name in edited)
+
+    def masters(self, active: Sequence[ActiveDelta]) -> dict[str, Tensor]:
+        """The exact weights, float64 [d, f] by module, of a version with these deltas. The base must be pristine."""
+        pristine = {name: self.base.weight(name) for name in self.modules(active)}
+        return rebuild(pristine, active, self.read)
+
+    def served(self, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights as they are served, by module."""
+        return {name: served(matrix, self.base.dtype) for name, matrix in masters.items()}
+
+    def keep(self, live: Sequence[tuple[str, Sequence[int]]]) -> tuple[ActiveDelta, ...]:
+        """The active deltas with just the `live` columns, and the corrections that taking the others out needs."""
+        before = {(entry.delta, entry.excluded): entry for entry in self.job.active}
+        active = []
+        for sha256, columns in live:
+            delta = self.read(sha256)
+            excluded = tuple(sorted(set(range(delta.columns)) - set(columns)))
+            entry = before.get((sha256, excluded))
+            if entry is None:
+                corrections = write_delta(Path(self.job.deltas), correct(delta, excluded)) if excluded else None
+                entry = ActiveDelta(delta=sha256, excluded=excluded, corrections=corrections)
+            active.append(entry)
+        return tuple(active)
+
+    def targets(self, requests: Sequence[EditRequest]) -> dict[str, Target]:
+        """z of every request, from the cache where it is there. The base must be pristine."""
+        store = TargetStore(
+            Path(self.job.targets),
+            fingerprint=self.base.fingerprint,
+            dtype=str(self.base.dtype),
+            preset=self.job.preset,
+            contexts=self.statistics.contexts,
+        )
+        found = {request.digest: target for request in requests if (target := store.get(request)) is not None}
+        missing = [request for request in requests if request.digest not in found]
+        if missing:
+            found |= compute_targets(
+                self.base,
+                missing,
+                self.statistics.contexts,
+                self.job.preset,
+                progress=self.progress,
+                done=store.put,
+            )
+        return found
+
+    def attempt(self, requests: list[EditRequest], targets: Mapping[str, Target]) -> _Attempt:
+        """Insert `requests` beside the columns that stay, write the delta, rebuild the weights from the file, probe."""
+        kept = self.keep(self._live(requests))
+        insertion, sha256, active = None, None, kept
+        if requests:
+            masters = self.masters(kept)
+            with self.timed("insert"), weights_in(self.base, self.served(masters)):
+                insertion = insert(
+                    self.base,
+                    requests,
+                    targets,
+                    self.statistics,
+                    self.job.preset,
+                    masters=masters,
+                    protected=live_keys(kept, self.read),
+                    progress=self.progress,
+                )
+            sha256 = write_delta(Path(self.job.deltas), insertion.delta)
+            active = (*kept, ActiveDelta(delta=sha256))
+        with self.timed("probe"):
+            matrices = self.served(self.masters(active))
+            report = probe(
+                self.base,
+                matrices,
+                requests,
+                controls=self._controls(),
+                holdout=self.statistics.holdout,
+                progress=self.progress,
+            )
+        return _Attempt(requests, active, sha256, matrices, report, insertion)
+
+    def _live(self, requests: Sequence[EditRequest]) -> list[tuple[str, tuple[int, ...]]]:
+        """The columns to keep, without those that `requests` supersede."""
+        leaving = {self.job.supersedes[r.digest] for r in requests if r.digest in self.job.supersedes}
+        kept = [
+            (delta, tuple(column for column in columns if (delta, column) not in leaving))
+            for delta, columns in self.job.live
+        ]
+        return [(delta, columns) for delta, columns in kept if columns]
+
+    def _controls(self) -> Controls:
+        synced = self.job.synced_subjects
+        controls = NO_CONTROLS
+        for entry in self.job.controls:
+            controls = controls + subject_controls(Path(entry.path), entry.prompt, synced)
+        return controls if controls.prompts else shipped_controls(synced)
+
+    def retention(self, matrices: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Share of the sample of earlier live facts that the new weights still answer."""
+        requests = self.job.retained_requests()
+        if not requests:
+            return {"facts": 0, "share": None}
+        with self.timed("probe"), weights_in(self.base, matrices):
+            scored = log_probabilities(self.base, [(request.prompt, request.target) for request in requests])
+        return {"facts": len(scored), "share": sum(one.greedy for one in scored) / len(scored)}
+
+    def known(self) -> dict[str, bool]:
+        """Whether the pristine base already answers the requests that may be skipped for it, paraphrases too."""
+        found = {}
+        for request in self.job.edit_requests():
+            if request.digest in self.job.skip_known:
+                pairs = [(prompt, request.target) for prompt in (request.prompt, *request.paraphrases)]
+                found[request.digest] = all(one.greedy for one in log_probabilities(self.base, pairs))
+        return found
+
+
+def perform(job: EditJob, progress: Progress) -> EditResult:
+    """Do the job in this process. Raises StoreError where the recorded weights do not come out, EditError and
+    ModelError as the engine does."""
+    editor = _open(job, progress)
+    base_hash = weights_sha256(editor.served(editor.masters(())))
+    _check_start(editor)
+    known = editor.known()
+    # Known facts need no column of their own, but the ones that they supersede still leave: so they stay in `requests`
+    # until the live columns are worked out.
+    requests = [request for request in job.edit_requests() if not known.get(request.digest)]
+    editor.job = job = _without_superseded(job, [digest for digest, answered in known.items() if answered])
+    with editor.timed("targets"):
+        targets = editor.targets(requests)
+    attempt, failed = editor.attempt(requests, targets), []
+    if bad := attempt.report.failed:
+        digests = {fact.digest for fact in bad}
+        failed = [FailedFact(digest=fact.digest, evidence=_evidence(fact.answer, fact.probability)) for fact in bad]
+        attempt = editor.attempt([request for request in requests if request.digest not in digests], targets)
+    return EditResult(
+        active=attempt.active,
+        modules=tuple(attempt.matrices),
+        dtype=str(editor.base.dtype).removeprefix("torch."),
+        weights_sha256=weights_sha256(attempt.matrices),
+        base_weights_sha256=base_hash,
+        delta=attempt.delta,
+        columns=tuple(request.digest for request in attempt.requests),
+        failed=tuple(failed),
+        known=known,
+        probe=attempt.report.to_json(),
+        numerics=_numerics(attempt, targets) | {"retention": editor.retention(attempt.matrices)},
+        seconds={phase: round(value, 3) for phase, value in editor.seconds.items()},
+        libraries={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+    )
+
+
+def _open(job: EditJob, progress: Progress) -> _Editor:
+    start = time.perf_counter()
+    base = load_base(Path(job.model_path), fingerprint=job.fingerprint, device=job.device, dtype=job.dtype)
+    if job.max_gpu_memory is not None and base.device.type == "cuda":
+        total = torch.cuda.get_device_properties(base.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job.max_gpu_memory / total), base.device)
+    loaded = time.perf_counter()
+    statistics = statistics_for(base, job.preset, progress=progress)
+    seconds = {"load": loaded - start, "statistics": time.perf_counter() - loaded}
+    return _Editor(job=job, progress=progress, base=base, statistics=statistics, seconds=seconds)
+
+
+def _check_start(editor: _Editor) -> None:
+    """The version to start from must come out as it was recorded: else a file or the base is not what it was."""
+    recorded = editor.job.weights_sha256
+    if recorded and weights_sha256(editor.served(editor.masters(editor.job.active))) != recorded:
+        raise StoreError(
+            "the live version's weights do not come out as recorded", hint="kbsync verify names the file that changed"
+        )
+
+
+def _without_superseded(job: EditJob, digests: Sequence[str]) -> EditJob:
+    """The job with the columns that these requests supersede taken out for good."""
+    leaving = {job.supersedes[digest] for digest in digests if digest in job.supersedes}
+    live = tuple((delta, tuple(c for c in columns if (delta, c) not in leaving)) for delta, columns in job.live)
+    return job.model_copy(update={"live": live})
+
+
+def _evidence(answer: str, probability: float) -> str:
+    return f"the edited model answers {answer!r} (probability of the object {probability:.2g})"
+
+
+def _numerics(attempt: _Attempt, targets: Mapping[str, Target]) -> dict[str, Any]:
+    """What the edit measured of itself."""
+    found: dict[str, Any] = {
+        "targets": {
+            digest: {"loss": target.loss, "steps": target.steps, "clamped": target.clamped}
+            for digest, target in sorted(targets.items())
+        }
+    }
+    if attempt.insertion is not None:
+        found["residual"] = attempt.insertion.residual
+        found["jitter"] = attempt.insertion.jitter
+        found["effective"] = attempt.insertion.effective
+    return found
+
+
+def main() -> None:
+    """Read the job, do it, say what came of it. Ends at once when the parent's end of stdin closes."""
+    job = EditJob.model_validate_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _say({"result": perform(job, _progress).model_dump(mode="json", by_alias=True)})
+    except KbsyncError as error:
+        _say({"error": error.to_json()})
+    except torch.OutOfMemoryError as error:
+        _say({"error": EditError(f"out of memory: {error}", hint="lower batch.max_facts or token_budget").to_json()})
+    except OSError as error:
+        _say({"error": StoreError(f"cannot write: {error}", hint="kbsync doctor").to_json()})
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _progress(phase: str, done: int, total: int) -> None:
+    _say({"phase": phase, "done": done, "total": total})
+
+
+def _say(event: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

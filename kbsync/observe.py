@@ -1,0 +1,119 @@
+"""Fetch the sources of a policy: retries with backoff, cooldowns that survive a restart, nothing written but those.
+
+A source that fails does not keep the others waiting: the pass goes on with what answered, and what did not is tried
+again next time on the claims that it made last. No transaction is open while a source is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
+from tenacity.wait import wait_exponential_jitter
+
+from kbsync.connectors import Connector
+from kbsync.errors import SourceBlocked, SourceError, SourceUnavailable
+from kbsync.facts import Snapshot
+from kbsync.ledger import Ledger
+from kbsync.ledger.records import SourceState
+from kbsync.progress import Progress, silent
+
+__all__ = ["observe"]
+
+ATTEMPTS = 3
+FIRST_WAIT_SECONDS = 2.0
+LONGEST_WAIT_SECONDS = 60.0
+"""A source that asks for a longer pause than this is left alone until then; the pass goes on without it."""
+BLOCKED_FIRST = timedelta(hours=1)
+BLOCKED_LONGEST = timedelta(hours=24)
+
+log = structlog.get_logger()
+
+
+def observe(
+    connectors: Mapping[str, Connector],
+    ledger: Ledger,
+    *,
+    progress: Progress = silent,
+    sleep: Callable[[float], None] | None = None,
+) -> tuple[list[Snapshot], list[SourceError]]:
+    """(snapshots, errors) of the connectors by source name, asked one after the other.
+
+    Raises nothing for a source that fails: its error is among the errors and its cooldown in the ledger.
+    """
+    snapshots: list[Snapshot] = []
+    failures: list[SourceError] = []
+    for done, (name, connector) in enumerate(connectors.items()):
+        progress("fetch", done, len(connectors))
+        with ledger.read() as db:
+            state = db.source_state(name) or SourceState(name)
+            previous = db.last_accepted(name)
+        if state.retry_at is not None and datetime.now(UTC) < state.retry_at:
+            failures.append(_cooling(state, state.retry_at))
+            continue
+        try:
+            snapshots.append(_retrying(sleep)(connector.fetch, previous))
+        except SourceError as error:
+            failures.append(error)
+            log.warning("source_failed", source=name, problem=error.message)
+            _note(ledger, state, _after_failure(state, error))
+        else:
+            _note(ledger, state, SourceState(name))
+    progress("fetch", len(connectors), len(connectors))
+    return snapshots, failures
+
+
+def _cooling(state: SourceState, until: datetime) -> SourceError:
+    """A source that asked to be left alone is left alone."""
+    kind = SourceBlocked if state.blocked else SourceUnavailable
+    problem = f"not asked again before {until:%Y-%m-%d %H:%M} UTC ({state.last_error})"
+    return kind(state.source, problem, hint="kbsync status shows the sources and their cooldowns")
+
+
+def _retrying(sleep: Callable[[float], None] | None) -> Retrying:
+    retrying = Retrying(
+        stop=stop_after_attempt(ATTEMPTS) | _asks_for_long,
+        wait=_wait,
+        retry=retry_if_exception_type(SourceUnavailable),
+        reraise=True,
+    )
+    return retrying.copy(sleep=sleep) if sleep else retrying
+
+
+def _asks_for_long(state: RetryCallState) -> bool:
+    return (_wish(state) or 0.0) > LONGEST_WAIT_SECONDS
+
+
+def _wait(state: RetryCallState) -> float:
+    backoff = wait_exponential_jitter(initial=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)(state)
+    return max(backoff, _wish(state) or 0.0)
+
+
+def _wish(state: RetryCallState) -> float | None:
+    error = state.outcome.exception() if state.outcome else None
+    return error.retry_after if isinstance(error, SourceUnavailable) else None
+
+
+def _after_failure(state: SourceState, error: SourceError) -> SourceState:
+    """The cooldown that follows: 1 h doubling to 24 h where the source refuses us, its own wish where it has one."""
+    now = datetime.now(UTC)
+    retry_at = None
+    if isinstance(error, SourceBlocked):
+        retry_at = now + min(BLOCKED_FIRST * 2 ** min(state.failures, 5), BLOCKED_LONGEST)
+    elif isinstance(error, SourceUnavailable) and error.retry_after:
+        retry_at = now + timedelta(seconds=error.retry_after)
+    return SourceState(
+        source=state.source,
+        failures=state.failures + 1,
+        blocked=isinstance(error, SourceBlocked),
+        retry_at=retry_at,
+        last_error=error.message,
+    )
+
+
+def _note(ledger: Ledger, before: SourceState, after: SourceState) -> None:
+    if after != before:
+        with ledger.write() as db:
+            db.set_source_state(after)

@@ -1,0 +1,461 @@
+"""The order of a pass, and the only module that knows it:
+
+    observe (fetch) ─▶ decide (record, resolve, plan, guard: one transaction) ─▶ carry out (edit, probe, gate, publish)
+
+A pass compares what the ledger wants with what the live version holds and applies the difference, so a crash, a skipped
+run or a rollback needs no repair: the next pass computes the plan again. Deciding is one transaction that is rolled
+back for a dry run and for a run that a guard holds; approving such a run decides again on the very snapshots it kept.
+
+    with open_workspace(Path("."), user="ada") as reconciler:
+        reports = reconciler.sync()
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from kbsync.catalog import Catalog, load_catalog
+from kbsync.config import Workspace
+from kbsync.editor.job import ControlFile
+from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
+from kbsync.facts import Applied, Change, FactKey, Snapshot
+from kbsync.ledger import Ledger
+from kbsync.ledger.reader import Reader
+from kbsync.ledger.writer import Writer
+from kbsync.line import Edit, Line, Outcome
+from kbsync.observe import observe
+from kbsync.plan import Plan, check_edits, check_guard, make_plan
+from kbsync.policy import Policy
+from kbsync.progress import Progress, silent
+from kbsync.resolve import resolve
+from kbsync.undo import holds_after, without_version
+from kbsync.versions.store import VersionStore, named
+
+__all__ = ["Reconciler", "Report", "open_workspace"]
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Report:
+    """What one pass of one policy did, or would do."""
+
+    policy: str
+    status: str = "running"
+    run_id: int | None = None
+    changes: Sequence[Change] = ()
+    plan: Plan | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    reasons: Sequence[str] = ()
+    versions: list[int] = field(default_factory=list)
+    probe: Mapping[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    problems: list[KbsyncError] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 failed, 2 usage, 3 held, 4 rejected."""
+        return max((problem.exit_code for problem in self.problems), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON value."""
+        return {
+            "policy": self.policy,
+            "status": self.status,
+            "run": self.run_id,
+            "changes": [change.to_json() for change in self.changes],
+            "plan": self.plan.to_json() if self.plan else None,
+            "counts": self.counts,
+            "reasons": list(self.reasons),
+            "versions": self.versions,
+            "probe": self.probe,
+            "seconds": self.seconds,
+            "problems": [problem.to_json() for problem in self.problems],
+            "exit_code": self.exit_code,
+        }
+
+
+@contextmanager
+def open_workspace(
+    root: Path, *, user: str, progress: Progress = silent, cancelled: threading.Event | None = None
+) -> Iterator[Reconciler]:
+    """A reconciler on the workspace at `root`. The caller holds the writer lock while it uses what writes."""
+    workspace = Workspace.load(root)
+    ledger = Ledger.open(workspace.ledger_url)
+    try:
+        yield Reconciler(workspace, load_catalog(workspace), ledger, user, progress, cancelled or threading.Event())
+    finally:
+        ledger.close()
+
+
+@dataclass(slots=True)
+class Reconciler:
+    """Brings a model's weights in line with the ledger, and the ledger in line with its sources."""
+
+    workspace: Workspace
+    catalog: Catalog
+    ledger: Ledger
+    user: str
+    progress: Progress = silent
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def line(self) -> Line:
+        """The line of versions of the model that kbsync.yaml names."""
+        return Line.open(self.workspace, self.ledger, user=self.user, progress=self.progress, cancelled=self.cancelled)
+
+    def plan(self, names: Collection[str] = ()) -> list[Report]:
+        """What `sync` would do now: fetches and decides, and leaves the ledger as it was."""
+        return self._each(names, self._dry_run)
+
+    def sync(self, names: Collection[str] = (), *, trigger: str = "sync") -> list[Report]:
+        """One pass of each policy named (default: all). What goes wrong with one is in its report; others go on."""
+        return self._each(names, lambda policy, line: self._pass(policy, line, trigger))
+
+    def approve(self, run_id: int) -> Report:
+        """Apply exactly the plan of a held run. Raises UsageError where the run is not held or the world has moved."""
+        with self.ledger.read() as db:
+            staged, snapshots = db.staged_plan(run_id), db.staged(run_id)
+        if staged is None or staged.policy is None:
+            raise UsageError(f"run {run_id} is not held", hint="kbsync runs")
+        policy = self.catalog.policy(staged.policy)
+        line = self.line()
+        report = self._decide(policy, line, snapshots, run_id=run_id, expected=staged.plan_digest)
+        return self._finish(policy, line, report)
+
+    def reject(self, run_id: int, reason: str = "") -> Report:
+        """Drop a held run: its snapshot never reaches the ledger. Raises UsageError where the run is not held."""
+        with self.ledger.write() as db:
+            staged = db.staged_plan(run_id)
+            if staged is None:
+                raise UsageError(f"run {run_id} is not held", hint="kbsync runs")
+            db.unstage(run_id)
+            db.finish_run(run_id, "rejected", reason)
+            db.audit(self.user, "reject", {"run": run_id, "reason": reason})
+        return Report(policy=staged.policy or "", status="rejected", run_id=run_id)
+
+    def rollback(self, to: int, reason: str = "") -> dict[str, Any]:
+        """Move HEAD to version `to`. What that takes out of the weights, or puts back, is held until released."""
+        line = self.line()
+        with self.ledger.read() as db:
+            sha = db.version(line.model, to).manifest_sha256
+        line.store.require(to, sha)
+        with self.ledger.write() as db:
+            head = db.head(line.model)
+            holds, releases = holds_after(
+                db.applied(line.model, head),
+                db.applied(line.model, to),
+                db.facts(),
+                reason="rollback",
+                evidence=f"rolled back from {head} to {to}",
+            )
+            for hold in holds:
+                db.hold(line.model, hold)
+            db.release(line.model, releases)
+            db.move_head(line.model, to, user=self.user, reason=reason or f"rollback from {head}")
+            weights = db.version(line.model, to).weights_sha256
+        line.store.write_head(to)
+        line.announce(to)
+        return {
+            "from": head,
+            "version": to,
+            "held": len(holds),
+            "released": len(releases),
+            "weights_sha256": weights,
+        }
+
+    def revert_version(self, number: int, reason: str = "") -> dict[str, Any]:
+        """A new version without the work of version `number`, later ones kept. Raises UsageError where nothing of it
+        is live any more."""
+        line = self.line()
+        with self.ledger.read() as db:
+            row = db.version(line.model, number)
+            if row.parent is None:
+                raise UsageError("version 0 is the pristine base: there is nothing to revert", hint="kbsync log")
+            head = db.head(line.model)
+            now, then = db.applied(line.model, head), db.applied(line.model, row.parent)
+            keep = without_version(now, db.applied(line.model, number), then)
+        if keep == now:
+            raise UsageError(f"nothing of version {number} is live in version {head}", hint="kbsync log")
+        return self._revert(line, keep, reason or f"revert {number}")
+
+    def revert_fact(self, key: FactKey, reason: str = "") -> dict[str, Any]:
+        """A new version without the fact of `key`. Raises UsageError where the live version does not hold it."""
+        line = self.line()
+        with self.ledger.read() as db:
+            now = db.applied(line.model, db.head(line.model))
+        if key not in now:
+            raise UsageError(f"the live version holds no {key.relation} of {key.subject}", hint="kbsync facts")
+        keep = {other: applied for other, applied in now.items() if other != key}
+        return self._revert(line, keep, reason or f"revert {key.relation} of {key.subject}")
+
+    def release(self, keys: Collection[FactKey] = (), *, everything: bool = False) -> dict[str, Any]:
+        """End holds, so that the next pass applies what the ledger wants. Raises UsageError where none matches."""
+        line = self.line()
+        with self.ledger.write() as db:
+            held = db.holds(line.model)
+            chosen = list(held) if everything else [key for key in keys if key in held]
+            if not chosen:
+                raise UsageError("nothing is held there", hint="kbsync holds")
+            count = db.release(line.model, chosen)
+            db.audit(self.user, "release", {"keys": [list(key) for key in chosen]})
+        return {"released": count}
+
+    def gc(self, older_than: timedelta, *, dry: bool = False) -> dict[str, Any]:
+        """Remove delta files and manifests that no version of any model names and nothing has touched for a while."""
+        with self.ledger.read() as db:
+            numbers = {model.id: {row.number for row in db.versions(model.id)} for model in db.models()}
+            live = set[str]()
+            for model, known in numbers.items():
+                for number in known:
+                    live |= named(db.active(model, number))
+        found: set[Path] = set()
+        for model, known in numbers.items():
+            found.update(VersionStore(self.workspace.data, model).orphans(live, known, older_than=older_than))
+        size = sum(path.stat().st_size for path in found)
+        if not dry:
+            for path in found:
+                path.unlink(missing_ok=True)
+        return {"files": sorted(str(path) for path in found), "bytes": size}
+
+    def _each(self, names: Collection[str], act: Callable[[Policy, Line], Report]) -> list[Report]:
+        policies = [self.catalog.policy(name) for name in sorted(names or self.catalog.policies)]
+        line = self.line()
+        reports = []
+        for policy in policies:
+            try:
+                reports.append(act(policy, line))
+            except Cancelled:
+                raise
+            except KbsyncError as error:
+                reports.append(Report(policy=policy.policy, status="failed", problems=[error]))
+        return reports
+
+    def _observe(self, policy: Policy) -> tuple[list[Snapshot], list[SourceError]]:
+        """Snapshots of the policy's sources, and what kept others from answering. Raises that where none answered."""
+        connectors = {name: self.catalog.connector(name) for name in policy.sources}
+        snapshots, failures = observe(connectors, self.ledger, progress=self.progress)
+        if failures and not snapshots:
+            raise failures[0]
+        return snapshots, failures
+
+    def _dry_run(self, policy: Policy, line: Line) -> Report:
+        snapshots, failures = self._observe(policy)
+        report = self._decide(policy, line, snapshots, dry=True)
+        report.problems.extend(failures)
+        return report
+
+    def _pass(self, policy: Policy, line: Line, trigger: str) -> Report:
+        with self.ledger.write() as db:
+            run_id = db.start_run(policy.policy, model=line.model, trigger=trigger, user=self.user)
+        try:
+            snapshots, failures = self._observe(policy)
+            report = self._decide(policy, line, snapshots, run_id=run_id)
+            report.problems.extend(failures)
+            return report if report.status == "held" else self._finish(policy, line, report)
+        except Cancelled as error:
+            self._end(run_id, "cancelled", error.message)
+            raise
+        except KbsyncError as error:
+            self._end(run_id, "failed", error.message)
+            return Report(policy=policy.policy, status="failed", run_id=run_id, problems=[error])
+
+    def _decide(
+        self,
+        policy: Policy,
+        line: Line,
+        snapshots: Sequence[Snapshot],
+        *,
+        run_id: int | None = None,
+        expected: str | None = None,
+        dry: bool = False,
+    ) -> Report:
+        """Record, resolve, plan and guard in one transaction. `expected` is the digest of a plan that a person
+        approved: then the guard is off and any other plan is refused."""
+        with self.ledger.write() as db:
+            run = run_id or db.start_run(policy.policy, model=line.model, trigger="plan", user=self.user)
+            report = self._record(db, policy, run, snapshots)
+            plan = self._plan(db, policy, line)
+            report.plan = plan
+            report.reasons = [*report.reasons, *check_edits(plan, policy.guard)]
+            report.counts |= {"edits": len(plan.edits), "retractions": len(plan.retractions), "held": len(plan.held)}
+            if expected is not None and plan.digest != expected:
+                raise UsageError(
+                    f"run {run}: the plan is no longer the one that was held: HEAD or a fact has moved",
+                    hint=f"kbsync sync {policy.policy}",
+                )
+            held = bool(report.reasons) and expected is None
+            if dry or held:
+                db.rollback()
+            else:
+                db.unstage(run)
+                db.release(line.model, plan.ended_holds)
+        report.run_id = run_id
+        report.status = "planned" if dry else "held" if held else "decided"
+        if held:
+            self._hold_run(run, report, snapshots, dry=dry)
+        return report
+
+    def _record(self, db: Writer, policy: Policy, run: int, snapshots: Sequence[Snapshot]) -> Report:
+        report = Report(policy=policy.policy, run_id=run)
+        reasons: list[str] = []
+        counts = dict.fromkeys(("rows", "added", "ended", "quarantined"), 0)
+        for snapshot in snapshots:
+            before, first = db.claims_of(snapshot.source), db.last_accepted(snapshot.source) is None
+            reasons += check_guard(before, snapshot, policy.guard, first=first)
+            recorded = db.record(run, snapshot)
+            for name in counts:
+                counts[name] += getattr(recorded, name)
+        relations = tuple(policy.wording())
+        resolution = resolve(db.claims(tuple(policy.relations)), db.facts(relations), policy)
+        report.changes = db.apply(run, resolution.facts, resolution.conflicts, relations)
+        report.counts = counts | {
+            "changes": len(report.changes),
+            "conflicts": len(resolution.conflicts),
+            "pending": len(resolution.pending),
+        }
+        report.reasons = reasons
+        return report
+
+    def _plan(self, db: Reader, policy: Policy, line: Line) -> Plan:
+        head = db.head(line.model)
+        known = db.known(line.fingerprint)
+        return make_plan(
+            db.facts(tuple(policy.wording())),
+            db.applied(line.model, head),
+            db.holds(line.model),
+            policy.wording(),
+            known=[digest for digest, answered in known.items() if answered],
+            model=line.model,
+            head=head,
+        )
+
+    def _hold_run(self, run: int, report: Report, snapshots: Sequence[Snapshot], *, dry: bool) -> None:
+        if report.plan is None:
+            return
+        problem = Held(
+            f"policy {report.policy}: {'; '.join(report.reasons)}",
+            hint=f"kbsync approve {run} or kbsync reject {run}" if not dry else "kbsync sync stages it for approval",
+        )
+        report.problems.append(problem)
+        if dry:
+            return
+        with self.ledger.write() as db:
+            db.stage(run, snapshots, report.plan.to_json(), report.plan.digest, list(report.reasons))
+            db.finish_run(run, "held", "; ".join(report.reasons), report.counts)
+
+    def _finish(self, policy: Policy, line: Line, report: Report) -> Report:
+        """Carry the plan out and write the run's end."""
+        if report.run_id is None:
+            raise UsageError("a plan without a run cannot be carried out")
+        try:
+            self._carry_out(policy, line, report)
+            report.status = "done"
+        except GateRejected as error:
+            report.status = "rejected"
+            report.problems.append(error)
+        message = report.problems[0].message if report.problems else ""
+        self._end(report.run_id, report.status, message, report.counts)
+        return report
+
+    def _carry_out(self, policy: Policy, line: Line, report: Report) -> None:
+        """Versions of at most `batch.max_facts` facts until nothing is left to do."""
+        done: set[str] = set()
+        plan = report.plan
+        while plan is not None and not plan.empty and plan.digest not in done:
+            done.add(plan.digest)
+            batch = plan.take(policy.batch.max_facts)
+            outcome = self._apply(policy, line, batch, report)
+            report.probe = outcome.result.probe
+            report.counts["failed"] = report.counts.get("failed", 0) + len(outcome.held)
+            for phase, seconds in outcome.result.seconds.items():
+                report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
+            if outcome.version is not None:
+                report.versions.append(outcome.version)
+            with self.ledger.read() as db:
+                plan = self._plan(db, policy, line)
+
+    def _apply(self, policy: Policy, line: Line, batch: Plan, report: Report) -> Outcome:
+        with self.ledger.read() as db:
+            applied = db.applied(line.model, batch.head)
+            tried = db.is_rejected(line.model, batch.digest, line.settings_digest, batch.head)
+        if tried:
+            raise GateRejected(
+                f"policy {policy.policy}: the gate rejected this very plan before; it is not tried again until the "
+                "plan, the settings or HEAD change",
+                hint="kbsync runs",
+            )
+        leaving = {edit.request.key for edit in batch.edits} | {retraction.key for retraction in batch.retractions}
+        wording = policy.wording()
+        edit = Edit(
+            kind="edit",
+            run_id=report.run_id or 0,
+            keep={key: fact for key, fact in applied.items() if key not in leaving},
+            edits=batch.edits,
+            skip_known=[
+                planned.request.digest
+                for planned in batch.edits
+                if getattr(wording[planned.request.key.relation], "skip_known", False)
+            ],
+            controls=[
+                ControlFile(path=str(path), prompt=words.prompt)
+                for relation, words in wording.items()
+                if (path := self.catalog.controls(relation)) is not None
+            ],
+            reason=f"sync {policy.policy}",
+        )
+        outcome = line.make(edit, policy.gate)
+        if outcome.rejected:
+            self._note_rejected(line, batch, outcome, report)
+            raise GateRejected(
+                f"policy {policy.policy}: the gate rejected the version: {'; '.join(outcome.rejected)}",
+                hint=f"kbsync runs --json shows the probe report of run {report.run_id}",
+            )
+        return outcome
+
+    def _note_rejected(self, line: Line, batch: Plan, outcome: Outcome, report: Report) -> None:
+        with self.ledger.write() as db:
+            db.note_rejected(
+                line.model,
+                batch.digest,
+                line.settings_digest,
+                batch.head,
+                run_id=report.run_id,
+                reasons=outcome.rejected,
+            )
+            for hold in outcome.held:
+                db.hold(line.model, hold, run_id=report.run_id)
+            db.note_probe(line.model, None, dict(outcome.result.probe), run_id=report.run_id)
+
+    def _revert(self, line: Line, keep: Mapping[FactKey, Applied], reason: str) -> dict[str, Any]:
+        """Make the version that holds just `keep`. A revert is a person's decision: it is probed, not gated."""
+        with self.ledger.write() as db:
+            run_id = db.start_run(None, model=line.model, trigger="revert", user=self.user)
+            now = db.applied(line.model, db.head(line.model))
+            holds, releases = holds_after(now, keep, db.facts(), reason="revert", evidence=reason)
+        try:
+            outcome = line.make(Edit("revert", run_id, keep, holds=holds, releases=releases, reason=reason), gate=None)
+        except KbsyncError as error:
+            self._end(run_id, "cancelled" if isinstance(error, Cancelled) else "failed", error.message)
+            raise
+        self._end(run_id, "done", reason)
+        return {
+            "run": run_id,
+            "version": outcome.version,
+            "held": len(holds),
+            "released": len(releases),
+            "weights_sha256": outcome.result.weights_sha256,
+            "probe": outcome.result.probe,
+        }
+
+    def _end(self, run_id: int, status: Any, message: str, counts: Mapping[str, int] | None = None) -> None:
+        with self.ledger.write() as db:
+            db.finish_run(run_id, status, message, counts or {})
+        log.info("run_finished", run=run_id, status=status, message=message, **(counts or {}))
