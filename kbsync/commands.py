@@ -18,6 +18,7 @@ from kbsync.facts import FactKey
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
 from kbsync.reconcile import Reconciler, open_workspace
+from kbsync.undo import release, revert_fact, revert_version, rollback
 
 __all__ = ["COMMANDS", "UNDO", "execute", "perform"]
 
@@ -39,19 +40,19 @@ def _reject(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, A
 
 
 def _rollback(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return reconciler.rollback(arguments["to"], arguments.get("reason", ""))
+    return rollback(reconciler.line(), arguments["to"], arguments.get("reason", ""))
 
 
 def _revert(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
     reason = arguments.get("reason", "")
     if "version" in arguments:
-        return reconciler.revert_version(arguments["version"], reason)
-    return reconciler.revert_fact(FactKey(*arguments["key"]), reason)
+        return revert_version(reconciler.line(), arguments["version"], reason)
+    return revert_fact(reconciler.line(), FactKey(*arguments["key"]), reason)
 
 
 def _release(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
     keys = [FactKey(*key) for key in arguments.get("keys", [])]
-    return reconciler.release(keys, everything=bool(arguments.get("everything")))
+    return release(reconciler.line(), keys, everything=bool(arguments.get("everything")))
 
 
 def _gc(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from kbsync.catalog import Catalog, load_catalog
 from kbsync.config import Workspace
 from kbsync.editor.job import ControlFile
 from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
-from kbsync.facts import Applied, Change, FactKey, Snapshot
+from kbsync.facts import Change, Snapshot
 from kbsync.ledger import Ledger
 from kbsync.ledger.reader import Reader
 from kbsync.ledger.writer import Writer
@@ -36,7 +36,6 @@ from kbsync.plan import Plan, check_edits, check_guard, make_plan
 from kbsync.policy import Policy
 from kbsync.progress import Progress, silent
 from kbsync.resolve import resolve
-from kbsync.undo import holds_after, without_version
 from kbsync.versions.store import VersionStore, named
 
 __all__ = ["Reconciler", "Report", "open_workspace"]
@@ -140,73 +139,6 @@ class Reconciler:
             db.finish_run(run_id, "rejected", reason)
             db.audit(self.user, "reject", {"run": run_id, "reason": reason})
         return Report(policy=staged.policy or "", status="rejected", run_id=run_id)
-
-    def rollback(self, to: int, reason: str = "") -> dict[str, Any]:
-        """Move HEAD to version `to`. What that takes out of the weights, or puts back, is held until released."""
-        line = self.line()
-        with self.ledger.read() as db:
-            sha = db.version(line.model, to).manifest_sha256
-        line.store.require(to, sha)
-        with self.ledger.write() as db:
-            head = db.head(line.model)
-            holds, releases = holds_after(
-                db.applied(line.model, head),
-                db.applied(line.model, to),
-                db.facts(),
-                reason="rollback",
-                evidence=f"rolled back from {head} to {to}",
-            )
-            for hold in holds:
-                db.hold(line.model, hold)
-            db.release(line.model, releases)
-            db.move_head(line.model, to, user=self.user, reason=reason or f"rollback from {head}")
-            weights = db.version(line.model, to).weights_sha256
-        line.store.write_head(to)
-        line.announce(to)
-        return {
-            "from": head,
-            "version": to,
-            "held": len(holds),
-            "released": len(releases),
-            "weights_sha256": weights,
-        }
-
-    def revert_version(self, number: int, reason: str = "") -> dict[str, Any]:
-        """A new version without the work of version `number`, later ones kept. Raises UsageError where nothing of it
-        is live any more."""
-        line = self.line()
-        with self.ledger.read() as db:
-            row = db.version(line.model, number)
-            if row.parent is None:
-                raise UsageError("version 0 is the pristine base: there is nothing to revert", hint="kbsync log")
-            head = db.head(line.model)
-            now, then = db.applied(line.model, head), db.applied(line.model, row.parent)
-            keep = without_version(now, db.applied(line.model, number), then)
-        if keep == now:
-            raise UsageError(f"nothing of version {number} is live in version {head}", hint="kbsync log")
-        return self._revert(line, keep, reason or f"revert {number}")
-
-    def revert_fact(self, key: FactKey, reason: str = "") -> dict[str, Any]:
-        """A new version without the fact of `key`. Raises UsageError where the live version does not hold it."""
-        line = self.line()
-        with self.ledger.read() as db:
-            now = db.applied(line.model, db.head(line.model))
-        if key not in now:
-            raise UsageError(f"the live version holds no {key.relation} of {key.subject}", hint="kbsync facts")
-        keep = {other: applied for other, applied in now.items() if other != key}
-        return self._revert(line, keep, reason or f"revert {key.relation} of {key.subject}")
-
-    def release(self, keys: Collection[FactKey] = (), *, everything: bool = False) -> dict[str, Any]:
-        """End holds, so that the next pass applies what the ledger wants. Raises UsageError where none matches."""
-        line = self.line()
-        with self.ledger.write() as db:
-            held = db.holds(line.model)
-            chosen = list(held) if everything else [key for key in keys if key in held]
-            if not chosen:
-                raise UsageError("nothing is held there", hint="kbsync holds")
-            count = db.release(line.model, chosen)
-            db.audit(self.user, "release", {"keys": [list(key) for key in chosen]})
-        return {"released": count}
 
     def gc(self, older_than: timedelta, *, dry: bool = False) -> dict[str, Any]:
         """Remove delta files and manifests that no version of any model names and nothing has touched for a while."""
@@ -433,27 +365,6 @@ class Reconciler:
             for hold in outcome.held:
                 db.hold(line.model, hold, run_id=report.run_id)
             db.note_probe(line.model, None, dict(outcome.result.probe), run_id=report.run_id)
-
-    def _revert(self, line: Line, keep: Mapping[FactKey, Applied], reason: str) -> dict[str, Any]:
-        """Make the version that holds just `keep`. A revert is a person's decision: it is probed, not gated."""
-        with self.ledger.write() as db:
-            run_id = db.start_run(None, model=line.model, trigger="revert", user=self.user)
-            now = db.applied(line.model, db.head(line.model))
-            holds, releases = holds_after(now, keep, db.facts(), reason="revert", evidence=reason)
-        try:
-            outcome = line.make(Edit("revert", run_id, keep, holds=holds, releases=releases, reason=reason), gate=None)
-        except KbsyncError as error:
-            self._end(run_id, "cancelled" if isinstance(error, Cancelled) else "failed", error.message)
-            raise
-        self._end(run_id, "done", reason)
-        return {
-            "run": run_id,
-            "version": outcome.version,
-            "held": len(holds),
-            "released": len(releases),
-            "weights_sha256": outcome.result.weights_sha256,
-            "probe": outcome.result.probe,
-        }
 
     def _end(self, run_id: int, status: Any, message: str, counts: Mapping[str, int] | None = None) -> None:
         with self.ledger.write() as db:
