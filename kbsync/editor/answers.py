@@ -29,7 +29,7 @@ TOKENS_PER_BATCH = 4096
 """Tokens of one forward pass, padding included: bounds memory; larger is no faster on a CPU."""
 LOGITS_PER_CHUNK = 2**24
 """Numbers of one block of logits (64 MiB in float32): the whole answer of [2000, vocabulary] is never in memory."""
-_CLAUSE_END = re.compile(r"(?<=\w)(?:(?<=\w{3})\.(?=\s|$)|[,;:!?](?=\s|$)|\n)")
+_CLAUSE_END = re.compile(r"(?<=[^\s.]{3})\.(?=\s|$)|(?<=\S)[,;:!?](?=\s|$)|\.?\n")
 """Where an answer ends. A full stop after fewer than three letters does not end it: "St. Petersburg"."""
 
 
@@ -273,7 +273,8 @@ def _answer(base: Base, ids: list[int], log_probs: list[float]) -> Answer:
     special = set(base.tokenizer.all_special_ids)
     length = next((at for at, token in enumerate(ids) if token in special), len(ids))
     text = _decode(base, ids[:length])
-    if end := _CLAUSE_END.search(text):
+    first = re.search(r"\w", text)
+    if first and (end := _CLAUSE_END.search(text, first.start())):
         text = text[: end.start()]
         length = next(at for at in range(1, length + 1) if len(_decode(base, ids[:at])) >= len(text))
     return Answer(text=text.strip(), probability=math.exp(math.fsum(log_probs[:length])))
