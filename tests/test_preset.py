@@ -44,8 +44,11 @@ def test_missing_preset_file_is_named(tmp_path: Path) -> None:
 
 def test_preset_file_with_unknown_key_names_file_and_key(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("name: mine\nlayers: [1]\nlambda: 3\ncovariance_weight: 3\nclamp: 1\nrate: 1\nsteps: 2\n")
-    with pytest.raises(ConfigError, match=r"mine\.yaml.*(lambda|token_budget)"):
+    path.write_text(
+        "name: mine\nlayers: [1]\ncovariance_weight: 3\nclamp: 1\nrate: 1\nsteps: 2\n"
+        "token_budget: 9\nchat_context: false\nlambda: 3\n"
+    )
+    with pytest.raises(ConfigError, match=r"mine\.yaml:9: lambda"):
         load_preset(path)
 
 

@@ -13,11 +13,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from kbsync.errors import ConfigError, ModelError
+from kbsync.documents import validate
+from kbsync.errors import ModelError
 from kbsync.facts import digest_of
 
 __all__ = ["Preset", "load_preset", "packaged_presets"]
@@ -93,28 +92,17 @@ def packaged_presets() -> list[str]:
 def load_preset(name_or_path: str | Path) -> Preset:
     """The packaged preset of that name, or the one in a YAML file (anything that ends in .yaml).
 
-    Raises ModelError where there is no such preset, ConfigError (file, key) where the file is wrong.
+    Raises ModelError where there is no such preset, ConfigError (file, line, key) where the file is wrong.
     """
     text = str(name_or_path)
     if text.endswith(".yaml"):
         if not (path := Path(text)).is_file():
             raise ModelError(f"preset {path}: no such file", hint="correct `preset:` in kbsync.yaml")
-        return _parse(path.read_text(encoding="utf-8"), path)
+        return validate(path, Preset)
     if text not in (known := packaged_presets()):
         raise ModelError(
             f"no preset for model {text!r} (packaged: {', '.join(known)}); settings of another model would ruin it",
             hint="measure settings for this model, write them to a YAML file, name it as `preset:` in kbsync.yaml",
         )
     with resources.as_file(resources.files("kbsync.editor") / "presets" / f"{text}.yaml") as path:
-        return _parse(path.read_text(encoding="utf-8"), path)
-
-
-def _parse(text: str, path: Path) -> Preset:
-    try:
-        return Preset.model_validate(YAML(typ="safe", pure=True).load(text))
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError("not valid YAML", file=path, line=mark.line + 1 if mark else 0) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(first["msg"], file=path, key=".".join(map(str, first["loc"]))) from error
+        return validate(path, Preset)
