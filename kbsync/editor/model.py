@@ -6,6 +6,8 @@ everything in kbsync speaks of an edited matrix as [d, f] = [d_out, d_in].
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kbsync.errors import ModelError
+from kbsync.errors import EditError, ModelError
 
-__all__ = ["FAMILIES", "Base", "ModelSpec", "choose_device", "load_base"]
+__all__ = ["FAMILIES", "Base", "ModelSpec", "choose_device", "load_base", "spec_of", "weights_in"]
 
 Orientation = Literal["linear", "conv1d"]
 
@@ -72,6 +74,13 @@ class Base:
         return int(self.network.config.num_hidden_layers)
 
     @property
+    def max_tokens(self) -> int:
+        """The longest text that every block reads whole: the context length, or a shorter sliding window."""
+        config = self.network.config
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are served in."""
         return self.weight(self.spec.down_name(0)).dtype
@@ -94,6 +103,29 @@ class Base:
     def set_weight(self, name: str, matrix: Tensor) -> None:
         """Put `matrix` [d_out, d_in] (cast to the stored dtype and device) into module `name`, in place."""
         self.weight(name).copy_(matrix)
+
+
+@contextmanager
+def weights_in(base: Base, matrices: Mapping[str, Tensor]) -> Iterator[Base]:
+    """The base with `matrices` (module name -> [d_out, d_in], cast to the served dtype) put in; at the end the former
+    weights of these modules are back bit for bit, whatever happened.
+
+    Raises AttributeError for an unknown module and EditError for a wrong shape or a weight that is not finite, before
+    anything is changed.
+    """
+    saved = {name: base.weight(name).clone() for name in matrices}
+    for name, matrix in matrices.items():
+        if matrix.shape != saved[name].shape:
+            raise EditError(f"{name}: weights are {list(matrix.shape)}, the model's {list(saved[name].shape)}")
+        if not torch.isfinite(matrix.to(base.dtype)).all():
+            raise EditError(f"{name}: weights are not finite in {base.dtype}")
+    try:
+        for name, matrix in matrices.items():
+            base.set_weight(name, matrix)
+        yield base
+    finally:
+        for name, matrix in saved.items():
+            base.set_weight(name, matrix)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -1,0 +1,298 @@
+"""Target vectors z_i (MEMIT Eqn 16): the state that a subject's last token should have for the object to follow.
+
+z = h + δ, where δ, added to the state h after layer L at the lookup token, minimises the mean over contexts of
+-log P[object | context ⊕ prompt], plus a KL term on "{subject} is a" and weight decay 0.5·‖δ‖/‖h‖² (Meng et al. 2022,
+arXiv 2210.07229, and its authors' code). Adam, ‖δ‖ clamped to a share of ‖h‖.
+
+What makes it fast changes no result: contexts' common beginnings are run once; of a row only the tokens from the
+lookup token on are run again, through the layers above L only, on stored keys and values of those before; logits only
+where the object (or the KL term) is predicted; many facts together, by suffix length; a fact that is done makes room.
+
+    found = compute_targets(base, requests, statistics.contexts, preset)
+    found[request.digest].z                  # [d]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from kbsync.editor.layers import Layers, Past
+from kbsync.editor.model import Base
+from kbsync.editor.packing import pack
+from kbsync.editor.preset import Preset
+from kbsync.editor.rows import Beginnings, Row, joined_past, read_rows
+from kbsync.editor.tokens import BARE, encode, encode_subject
+from kbsync.errors import EditError
+from kbsync.facts import EditRequest
+from kbsync.progress import Progress, silent
+
+__all__ = ["Target", "compute_targets"]
+
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+"""Adam's constants as in torch.optim.Adam; every fact counts its own steps."""
+_PASS_COST = 1 / 64
+"""What one more pass through the layers costs, as a share of the token budget: less padding than that is cheaper."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """z [d] on the CPU, float32 (float64 for a float64 model); its loss; how many losses were computed to find it.
+    `clamped`: δ was cut to the clamp at its last update."""
+
+    z: Tensor
+    loss: float
+    steps: int
+    clamped: bool
+
+
+def compute_targets(
+    base: Base,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    preset: Preset,
+    *,
+    progress: Progress = silent,
+    done: Callable[[EditRequest, Target], None] | None = None,
+) -> dict[str, Target]:
+    """z of each request by its digest, on the weights that `base` holds, which are not changed.
+
+    `contexts` are templates that end in `{}`, the bare one among them. `done` is called for each fact as soon as it is
+    finished. Raises EditError for a request that cannot be placed in its tokens and for a loss that is not finite.
+    """
+    wanted = {request.digest: request for request in requests}
+    if not wanted:
+        return {}
+    found: dict[str, Target] = {}
+    for request, target in _Search(base, list(wanted.values()), contexts, preset).run():
+        found[request.digest] = target
+        if done is not None:
+            done(request, target)
+        progress("targets", len(found), len(wanted))
+    return {digest: found[digest] for digest in wanted}
+
+
+@dataclass(slots=True, eq=False)
+class _Fact:
+    """A request with one row per context, and the KL term's row."""
+
+    request: EditRequest
+    rows: list[Row]
+    bare: Row
+    essence: Row | None
+
+    @property
+    def all_rows(self) -> list[Row]:
+        return [*self.rows, self.essence] if self.essence else self.rows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that every step runs."""
+        return sum(row.suffix for row in self.all_rows)
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """The optimisation's state of the facts in flight, one row per fact."""
+
+    h: Tensor
+    """[n, d]: the state after layer L at the lookup token of the bare prompt."""
+    delta: Tensor
+    mean: Tensor
+    square: Tensor
+    """[n, d]: δ and Adam's moments."""
+    steps: Tensor
+    """[n]: losses computed."""
+    clamped: Tensor
+    """[n]: whether the last update cut δ."""
+    essence: Tensor
+    """[n, vocabulary]: log-probabilities after "{subject} is a" without δ; [n, 0] where there is no KL term."""
+
+    @classmethod
+    def begin(cls, h: Tensor, vocabulary: int) -> _State:
+        """No δ yet."""
+        zero = torch.zeros_like(h)
+        steps = torch.zeros(len(h), dtype=torch.long, device=h.device)
+        return cls(h, zero, zero, zero, steps, steps.bool(), h.new_zeros(len(h), vocabulary))
+
+    def take(self, keep: Tensor) -> _State:
+        """The facts with these indices."""
+        return _State(*(value[keep] for value in self._values()))
+
+    def join(self, other: _State) -> _State:
+        """These facts, then the other's."""
+        return _State(*(torch.cat(pair) for pair in zip(self._values(), other._values(), strict=True)))
+
+    def update(self, gradient: Tensor, preset: Preset) -> None:
+        """One step of Adam on δ [n, d], then the clamp."""
+        taken = self.steps[:, None].to(gradient.dtype)
+        self.mean = torch.lerp(self.mean, gradient, 1 - _BETAS[0])
+        self.square = _BETAS[1] * self.square + (1 - _BETAS[1]) * gradient**2
+        scale = (self.square / (1 - _BETAS[1] ** taken)).sqrt() + _EPSILON
+        delta = self.delta - preset.rate * self.mean / (1 - _BETAS[0] ** taken) / scale
+        limit = preset.clamp * self.h.norm(dim=1, keepdim=True)
+        norm = delta.norm(dim=1, keepdim=True)
+        self.clamped = (norm > limit)[:, 0]
+        self.delta = torch.where(norm > limit, delta * (limit / norm), delta)
+
+    def _values(self) -> list[Tensor]:
+        return [getattr(self, one.name) for one in fields(self)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Rows that go through the layers above L together, aligned at the lookup token (column 0)."""
+
+    states: Tensor
+    """[B, T, d], padded on the right."""
+    past: Past
+    owner: Tensor
+    """[B]: each row's fact among those in flight."""
+    places: tuple[Tensor, Tensor]
+    """(row, column), each [m]: the states that predict an object token."""
+    expected: Tensor
+    """[m]: that token."""
+    share: Tensor
+    """[m]: its weight in its fact's loss, 1 / (object tokens x contexts)."""
+    essence: Tensor
+    """[e]: the KL term's rows."""
+
+
+class _Search:
+    """The optimisation of many facts, a token budget's worth at a time."""
+
+    def __init__(self, base: Base, requests: Sequence[EditRequest], contexts: Sequence[str], preset: Preset) -> None:
+        self.base, self.contexts, self.preset = base, contexts, preset
+        self.top = preset.layers[-1] + 1
+        if self.top >= base.layers:
+            raise EditError(f"layer {self.top - 1} is the last one: none above it tells what its state should be")
+        if BARE not in contexts:
+            raise EditError("the contexts lack the bare prompt", hint="kbsync statistics build")
+        self.layers = Layers(base)
+        self.dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        self.queue = sorted((self._fact(request) for request in requests), key=lambda fact: fact.tokens)
+        rows = [row for fact in self.queue for row in fact.all_rows]
+        with torch.no_grad():
+            beginnings = Beginnings(self.layers, [row.tokens for row in rows], [row.group for row in rows])
+            self.beginnings = beginnings.past(range(base.layers))
+
+    def _fact(self, request: EditRequest) -> _Fact:
+        texts = [encode(self.base, request, context) for context in self.contexts]
+        rows = [Row(tokens, group, len(tokens.ids) - 1) for group, tokens in enumerate(texts)]  # the last is predicted
+        essence = None
+        if self.preset.kl_weight:
+            tokens = encode_subject(self.base, request)
+            essence = Row(tokens, len(rows), tokens.lookup + 1)
+        return _Fact(request, rows, rows[list(self.contexts).index(BARE)], essence)
+
+    def run(self) -> Iterator[tuple[EditRequest, Target]]:
+        """Every request with its target, as they are finished."""
+        vocabulary = self.base.network.config.vocab_size if self.preset.kl_weight else 0
+        empty = torch.empty(0, self.base.network.config.hidden_size, dtype=self.dtype, device=self.base.device)
+        facts, state = self._refill([], _State.begin(empty, vocabulary))
+        groups = self._groups(facts)
+        while facts:
+            losses, gradient = self._evaluate(state, groups)
+            finished = (losses < self.preset.stop_loss) | (state.steps >= self.preset.steps)
+            for index in range(len(facts)):
+                if not losses[index].isfinite():
+                    raise EditError(f"{facts[index].request.prompt!r}: the loss is not finite", hint="kbsync verify")
+                if finished[index]:
+                    yield facts[index].request, _target(state, index, float(losses[index]))
+            keep = (~finished).nonzero()[:, 0]
+            state = state.take(keep)
+            state.update(gradient[keep], self.preset)
+            if len(keep) < len(facts):
+                facts, state = self._refill([facts[index] for index in keep.tolist()], state)
+                groups = self._groups(facts)
+
+    def _refill(self, facts: list[_Fact], state: _State) -> tuple[list[_Fact], _State]:
+        """Let facts of the queue in where half of the token budget is free."""
+        budget, load = self.preset.token_budget, sum(fact.tokens for fact in facts)
+        if not self.queue or load > budget // 2:
+            return facts, state
+        fresh: list[_Fact] = []
+        while self.queue and (not (facts or fresh) or load + self.queue[-1].tokens <= budget):
+            fresh.append(self.queue.pop())
+            load += fresh[-1].tokens
+        if not fresh:
+            return facts, state
+        rows = [row for fact in fresh for row in fact.all_rows]
+        read_rows(self.layers, rows, self.beginnings, self.top, budget)
+        h = torch.stack([fact.bare.states[0] for fact in fresh]).to(self.dtype)
+        return facts + fresh, state.join(_State.begin(h, state.essence.shape[1]))
+
+    def _groups(self, facts: Sequence[_Fact]) -> list[_Group]:
+        """The rows of these facts, packed by suffix length."""
+        owned = [(owner, row) for owner, fact in enumerate(facts) for row in fact.all_rows]
+        budget = self.preset.token_budget
+        batches = pack([row.suffix for _, row in owned], budget, pass_cost=int(budget * _PASS_COST))
+        return [self._group([owned[index] for index in batch]) for batch in batches]
+
+    def _group(self, owned: Sequence[tuple[int, Row]]) -> _Group:
+        def tensor(values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.base.device)
+
+        rows = [row for _, row in owned]
+        expected = [
+            (index, at - 1 - row.tokens.lookup, row.tokens.ids[at], 1 / (len(row.tokens.ids) - row.tokens.prompt))
+            for index, row in enumerate(rows)
+            for at in range(row.tokens.prompt, len(row.tokens.ids))
+            if row.group < len(self.contexts)
+        ]
+        at_row, at_column, token, share = zip(*expected, strict=True) if expected else ((), (), (), ())
+        return _Group(
+            states=pad_sequence([row.states for row in rows], batch_first=True),
+            past=joined_past(rows, self.top),
+            owner=tensor([owner for owner, _ in owned]),
+            places=(tensor(at_row), tensor(at_column)),
+            expected=tensor(token),
+            share=tensor(share, self.dtype) / len(self.contexts),
+            essence=tensor([index for index, row in enumerate(rows) if row.group == len(self.contexts)]),
+        )
+
+    def _evaluate(self, state: _State, groups: Sequence[_Group]) -> tuple[Tensor, Tensor]:
+        """The losses [n] and their gradient by δ [n, d]; zeros where no fact will take another step."""
+        state.steps = state.steps + 1
+        more = bool((state.steps < self.preset.steps).any())
+        delta = state.delta.clone().requires_grad_(more)
+        decay = self.preset.weight_decay * delta.norm(dim=1) / state.h.norm(dim=1) ** 2
+        losses, gradient = decay.detach().clone(), torch.zeros_like(delta)
+        if more:
+            gradient += torch.autograd.grad(decay.sum(), delta)[0]
+        for group in groups:
+            with torch.set_grad_enabled(more):
+                part = self._loss(group, delta, state)
+            losses += part.detach()
+            if more:
+                gradient += torch.autograd.grad(part.sum(), delta)[0]
+        return losses, gradient
+
+    def _loss(self, group: _Group, delta: Tensor, state: _State) -> Tensor:
+        """What the rows of a group add to the losses of all facts, [n]."""
+        first = (group.states[:, 0].to(self.dtype) + delta[group.owner]).to(group.states.dtype)  # [B, d]
+        hidden = torch.cat((first[:, None], group.states[:, 1:]), dim=1)  # [B, T, d]
+        hidden = self.layers.run(hidden, range(self.top, self.base.layers), group.past)
+        wanted = torch.cat((hidden[group.places], hidden[group.essence, 0]))  # [m + e, d]
+        log_probs = self.layers.logits(wanted).log_softmax(dim=1)
+        known, essence = log_probs[: len(group.expected)], log_probs[len(group.expected) :]
+        missing = -known.gather(1, group.expected[:, None])[:, 0] * group.share
+        losses = torch.zeros_like(state.h[:, 0]).index_add(0, group.owner[group.places[0]], missing)
+        if not len(essence):
+            return losses
+        owner = group.owner[group.essence]
+        fresh = state.steps[owner] == 1
+        state.essence[owner[fresh]] = essence[fresh].detach()
+        kl = functional.kl_div(state.essence[owner], essence, reduction="none", log_target=True).sum(dim=1)
+        return losses.index_add(0, owner, self.preset.kl_weight * kl)
+
+
+def _target(state: _State, index: int, loss: float) -> Target:
+    z = (state.h[index] + state.delta[index]).cpu()
+    return Target(z=z, loss=loss, steps=int(state.steps[index]), clamped=bool(state.clamped[index]))
