@@ -93,23 +93,34 @@ class Catalog:
         for name, source in self.sources.items():
             document = self.source_files[name]
             if name not in used:
-                yield f"{document.path}: no policy names this source; it is never read"
+                yield document.note(("source",), "no policy names this source; it is never read")
             if _EXAMPLE_CONTACT.search(str(source.options.get("user_agent", ""))):
-                line = document.line(("user_agent",))
-                yield f"{document.path}:{line}: user_agent: names an example address; put a contact of your own there"
+                yield document.note(("user_agent",), "names an example address; put a contact of your own there")
             for warning in self.connector(name).warnings:
-                yield f"{document.path}: {warning}"
+                yield document.note((), warning)
 
     def _policy_warnings(self) -> Iterator[str]:
         if not self.policies:
             yield f"{self.workspace.policies}: no policies; nothing is kept fresh"
         for name, policy in self.policies.items():
             document = self.policy_files[name]
-            fed = {source.relation for source in self.sources_of(policy)}
+            for relation, at in _relation_names(policy.relations):
+                if policy.wording()[relation].prompt.endswith(" "):
+                    yield document.note((*at, "prompt"), "ends with a space; the object follows after one anyway")
             for relation in policy.relations:
-                if relation not in fed:
-                    place = f"{document.path}:{document.line(('relations', relation))}"
-                    yield f"{place}: relations.{relation}: no source of this policy gives it"
+                for problem in self._feed_warnings(policy, relation):
+                    yield document.note(("relations", relation), problem)
+
+    def _feed_warnings(self, policy: Policy, relation: str) -> Iterator[str]:
+        feeding = [source for source in self.sources_of(policy) if source.relation == relation]
+        if not feeding:
+            yield "no source of this policy gives it"
+        spaces = sorted({_object_space(source) for source in feeding})
+        if policy.precedence != "order" and len(spaces) > 1:
+            yield (
+                f"its sources name their objects by different ids ({', '.join(spaces)}), so that {policy.precedence} "
+                "compares unlike things; give them the same `object_ids`"
+            )
 
 
 def load_catalog(workspace: Workspace) -> Catalog:
@@ -175,6 +186,13 @@ def _day(text: str) -> int:
     if text in _DAYS:
         return _DAYS.index(text)
     raise ValueError(f"cron has no day of the week {text}")
+
+
+def _object_space(source: Source) -> str:
+    """The id space of the source's objects, as far as its file says."""
+    if source.match == "label":
+        return source.space
+    return str(source.options.get("object_ids", source.source if source.type == "csv" else source.space))
 
 
 def _declared(folder: Path, model: type[DeclaredT], key: str) -> tuple[dict[str, Document], dict[str, DeclaredT]]:

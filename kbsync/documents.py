@@ -65,6 +65,10 @@ class Document:
         name = ".".join(str(part) for part in key)
         return ConfigError(problem, file=self.path, line=self.line(key), key=name, hint=hint)
 
+    def note(self, key: Sequence[str | int], remark: str) -> str:
+        """A warning as one line, placed as an error is."""
+        return self.error(key, remark).message
+
     def validate(self, model: type[ModelT]) -> ModelT:
         """The file's content as `model`. Raises ConfigError for the first thing that is wrong."""
         try:
