@@ -96,7 +96,7 @@ def check_url(url: str, declared: Mapping[str, object]) -> str:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise ValueError(f"is no URL: {error}") from error
-    if parsed.scheme not in ("https", "http") or not parsed.host:
+    if parsed.scheme not in ("https", "http") or not parsed.host or "%" in parsed.host:
         raise ValueError("must be an https URL")
     if parsed.userinfo:
         raise ValueError("must not carry a user or a password")
