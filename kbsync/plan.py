@@ -41,15 +41,21 @@ GUARDED_ROWS = 10
 
 @dataclass(frozen=True, slots=True)
 class PlannedEdit:
-    """One request to insert. `before` is the target text that the weights hold for the key now, None if nothing;
-    `re-rendered`: the object is the same, its wording or a label is not. `source` and `origin` are the fact's."""
+    """One request to insert, and what it replaces in the weights, if anything. `re-rendered`: the object is the same,
+    its wording or a label is not. `source` and `origin` are the fact's, empty where a hold's frozen state is restored.
+    """
 
     request: EditRequest
     kind: EditKind
-    before: str | None
+    replaces: Applied | None
     object_id: str
     source: str
     origin: str
+
+    @property
+    def before(self) -> str | None:
+        """The target text that the weights hold for the key now."""
+        return self.replaces.request.target if self.replaces else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +122,22 @@ class Plan:
         )
 
     def take(self, facts: int) -> Plan:
-        """The part that one version takes: every retraction and the first `facts` edits. The rest is planned again."""
-        later = {edit.request.key for edit in self.edits[facts:]}
-        ended = tuple(key for key in self.ended_holds if key not in later)
-        return replace(self, edits=self.edits[:facts], ended_holds=ended)
+        """The part that one version takes: every retraction and the first `facts` edits; the rest is planned again.
+
+        What a later edit is to replace is retracted at once where it would contradict one of these edits, so that each
+        version on the way, too, has one target per prompt.
+        """
+        taken, later = self.edits[:facts], self.edits[facts:]
+        targets = {edit.request.prompt: edit.request.target for edit in taken}
+        in_the_way = [
+            Retraction(edit.request.key, old)
+            for edit in later
+            if (old := edit.replaces) and targets.get(old.request.prompt, old.request.target) != old.request.target
+        ]
+        retractions = sorted([*self.retractions, *in_the_way], key=lambda gone: gone.key)
+        waiting = {edit.request.key for edit in later}
+        ended = tuple(key for key in self.ended_holds if key not in waiting)
+        return replace(self, edits=taken, retractions=tuple(retractions), ended_holds=ended)
 
     def to_json(self) -> dict[str, object]:
         """The plan as a JSON value, for people, `--json` and staging; its digest included."""
@@ -314,11 +332,11 @@ def _reconciled(
 def _edits(final: Mapping[FactKey, _Wanted], ours: Mapping[FactKey, Applied]) -> Iterator[PlannedEdit]:
     for key in sorted(final):
         want, now = final[key], ours.get(key)
-        if now is None:
-            yield PlannedEdit(want.request, "added", None, want.object_id, want.source, want.origin)
-        elif now.request != want.request:
-            kind: EditKind = "re-rendered" if now.object_id == want.object_id else "changed"
-            yield PlannedEdit(want.request, kind, now.request.target, want.object_id, want.source, want.origin)
+        if now is not None and now.request == want.request:
+            continue
+        changed: EditKind = "re-rendered" if now is not None and now.object_id == want.object_id else "changed"
+        kind = changed if now is not None else "added"
+        yield PlannedEdit(want.request, kind, now, want.object_id, want.source, want.origin)
 
 
 # Guard arithmetic --------------------------------------------------------------------------------------------------

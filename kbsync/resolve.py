@@ -251,7 +251,7 @@ def _agree(key: FactKey, said: Sequence[Claim], kind: ConflictKind | None = None
     named = ", ".join(f"{claim.object.label} ({claim.source} {claim.origin})" for claim in claims[:_SHOWN])
     more = f" and {len(claims) - _SHOWN} more" if len(claims) > _SHOWN else ""
     reason = f"{claims[0].subject.label} has {len(claims)} objects: {named}{more}"
-    return _Verdict(conflict=Conflict(key, kind or _kind(claims), claims[:_SHOWN], reason))
+    return _Verdict(conflict=Conflict(key, kind or _kind(said), claims[:_SHOWN], reason))
 
 
 def _kind(claims: Sequence[Claim]) -> ConflictKind:

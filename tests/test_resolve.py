@@ -1,0 +1,523 @@
+"""Resolution: which claim becomes the fact of a key, and what is left to a person."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kbsync.facts import Claim, EditRequest, Entity, Fact, FactKey
+from kbsync.policy import Policy, render
+from kbsync.resolve import Resolution, diff, keep_apart, resolve
+from tests.worlds import TEMPLATES, claim, claims, contradictions, policies, policy_of
+
+ANN, BOB = FactKey("place", "s:Ann"), FactKey("place", "s:Bob")
+
+
+def fact_of(said: Claim, **changes: str) -> Fact:
+    """The fact that a claim makes."""
+    fact = Fact(said.relation, said.subject, said.object, said.source, said.origin)
+    return replace(fact, **changes)
+
+
+def facts_of(*said: Claim, **changes: str) -> dict[FactKey, Fact]:
+    return {one.key: fact_of(one, **changes) for one in said}
+
+
+def objects(resolution: Resolution) -> dict[FactKey, str]:
+    return {key: fact.object.label for key, fact in resolution.facts.items()}
+
+
+def kinds(resolution: Resolution) -> dict[FactKey, str]:
+    return {conflict.key: conflict.kind for conflict in resolution.conflicts}
+
+
+# One source --------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_becomes_the_fact() -> None:
+    """One claim, one fact, with its source and origin."""
+    said = claim("Ann", "Rome", origin="line 7")
+    assert resolve([said], {}, policy_of()) == Resolution({ANN: fact_of(said)}, (), ())
+
+
+def test_identical_rows_are_one_claim() -> None:
+    """The same object twice is no conflict; the first row is the origin, by number and not by spelling."""
+    said = [claim("Ann", "Rome", origin=f"line {line}") for line in (10, 9, 11)]
+    resolution = resolve(said, {}, policy_of())
+    assert (resolution.facts[ANN].origin, resolution.conflicts) == ("line 9", ())
+
+
+def test_an_object_written_in_two_ways_is_one() -> None:
+    """Identity is by id: labels alone make no conflict."""
+    first = claim("Ann", "Rome")
+    second = replace(first, object=Entity(first.object.id, "Roma"), origin="line 2")
+    assert objects(resolve([second, first], {}, policy_of())) == {ANN: "Rome"}
+
+
+def test_two_rows_with_different_objects_are_a_conflict_that_names_both() -> None:
+    """The key keeps its last accepted fact, other keys go on."""
+    old = facts_of(claim("Ann", "Paris"))
+    said = [claim("Ann", "Rome", origin="line 3"), claim("Ann", "Oslo", origin="line 8"), claim("Bob", "Bonn")]
+    resolution = resolve(said, old, policy_of())
+    assert objects(resolution) == {ANN: "Paris", BOB: "Bonn"}
+    (conflict,) = resolution.conflicts
+    assert (conflict.key, conflict.kind, [one.origin for one in conflict.claims]) == (ANN, "rows", ["line 3", "line 8"])
+    assert "Rome (alpha line 3), Oslo (alpha line 8)" in conflict.reason
+
+
+def test_a_conflict_without_an_accepted_fact_gives_none() -> None:
+    """Nothing is picked by row order."""
+    assert resolve([claim("Ann", "Rome"), claim("Ann", "Oslo")], {}, policy_of()).facts == {}
+
+
+@pytest.mark.parametrize(
+    ("winner", "loser"),
+    [
+        ({"rank": "preferred"}, {}),
+        ({}, {"rank": "deprecated"}),
+        ({"rank": "preferred", "end": "2020"}, {"start": "2021"}),
+        ({}, {"end": "2030", "start": "2029"}),
+        ({"start": "2020", "end": "2022"}, {"start": "2019", "end": "2023"}),
+        ({"start": "2021-01-01T00:00:00Z"}, {"start": "2020-12-31"}),
+        ({"start": "2011-03"}, {"start": "2010"}),
+        ({"start": "-0044-03-15T00:00:00Z"}, {"start": "-0049-00-00T00:00:00Z"}),
+        ({"start": "2011"}, {}),
+        ({"start": "2011"}, {"start": "last spring"}),
+        ({"start": "2024-11-06T00:30:00+00:00"}, {"start": "2024-11-06T01:00:00+02:00"}),
+        ({"start": "12024-01-01T00:00:00Z"}, {"start": "2024-01-01T00:00:00Z"}),
+    ],
+)
+def test_the_statement_that_holds_now_wins(winner: dict[str, str], loser: dict[str, str]) -> None:
+    """Rank first, then no end, then the latest start, as dates and not as text."""
+    said = [claim("Ann", "Oslo", **loser), claim("Ann", "Rome", **winner)]
+    resolution = resolve(said, {}, policy_of())
+    assert (objects(resolution), resolution.conflicts) == ({ANN: "Rome"}, ())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"rank": "preferred"}, {"rank": "preferred"}),
+        ({"start": "2011"}, {"start": "2011-03"}),
+        ({"start": "2011-03-04"}, {"start": "2011-03-04T00:00:00Z"}),
+        ({"start": "2011-00-00T00:00:00Z"}, {"start": "2011-06-01T00:00:00Z"}),
+        ({"end": "2011"}, {"end": "2012"}),
+    ],
+)
+def test_statements_on_a_par_are_ambiguous(one: dict[str, str], other: dict[str, str]) -> None:
+    """What ranks and dates do not decide is recorded, not picked."""
+    assert kinds(resolve([claim("Ann", "Oslo", **one), claim("Ann", "Rome", **other)], {}, policy_of())) == {
+        ANN: "ambiguous"
+    }
+
+
+def test_a_deprecated_claim_is_as_good_as_none() -> None:
+    """A key of which only deprecated claims are left is withdrawn."""
+    old = facts_of(claim("Ann", "Rome"))
+    resolution = resolve([claim("Ann", "Rome", rank="deprecated")], old, policy_of())
+    assert resolution.facts[ANN].status == "withdrawn"
+
+
+# Several sources ---------------------------------------------------------------------------------------------------
+
+THREE = {"sources": ["alpha", "beta", "gamma"]}
+
+
+def test_order_takes_the_first_source_that_has_a_claim() -> None:
+    """Sources that come later count where the earlier ones are silent; deprecated claims are silence."""
+    said = [
+        claim("Ann", "Oslo", source="gamma"),
+        claim("Ann", "Rome", source="beta"),
+        claim("Ann", "Bonn", source="alpha", rank="deprecated"),
+        claim("Bob", "Oslo", source="gamma"),
+    ]
+    assert objects(resolve(said, {}, policy_of(**THREE))) == {ANN: "Rome", BOB: "Oslo"}
+
+
+def test_order_does_not_fall_back_when_the_first_source_contradicts_itself() -> None:
+    """That is a conflict of that source's rows."""
+    said = [claim("Ann", "Oslo"), claim("Ann", "Rome"), claim("Ann", "Rome", source="beta")]
+    assert kinds(resolve(said, {}, policy_of(**THREE))) == {ANN: "rows"}
+
+
+def test_newest_goes_by_the_start_that_the_claims_give() -> None:
+    """The order of sources does not matter."""
+    said = [claim("Ann", "Oslo", start="2019"), claim("Ann", "Rome", source="gamma", start="2021-05-01")]
+    assert objects(resolve(said, {}, policy_of(precedence="newest", **THREE))) == {ANN: "Rome"}
+
+
+@pytest.mark.parametrize("start", [None, "2021"])
+def test_newest_on_a_par_is_a_conflict_of_sources(start: str | None) -> None:
+    """Neither is newer."""
+    said = [claim("Ann", "Oslo", start=start), claim("Ann", "Rome", source="gamma", start=start)]
+    assert kinds(resolve(said, {}, policy_of(precedence="newest", **THREE))) == {ANN: "sources"}
+
+
+def test_quorum_takes_what_enough_sources_say() -> None:
+    """Two of three, against the first in order."""
+    said = [claim("Ann", "Oslo"), claim("Ann", "Rome", source="beta"), claim("Ann", "Rome", source="gamma")]
+    resolution = resolve(said, {}, policy_of(precedence="quorum(2)", **THREE))
+    assert (objects(resolution), resolution.conflicts) == ({ANN: "Rome"}, ())
+
+
+def test_quorum_without_a_majority_is_a_conflict() -> None:
+    """Two that disagree are no two that agree."""
+    said = [claim("Ann", "Oslo"), claim("Ann", "Rome", source="beta")]
+    assert kinds(resolve(said, {}, policy_of(precedence="quorum(2)", **THREE))) == {ANN: "sources"}
+
+
+def test_quorum_waits_where_too_few_have_spoken() -> None:
+    """One voice that nobody contradicts is pending, and the accepted fact stays."""
+    old = facts_of(claim("Ann", "Bonn"))
+    resolution = resolve([claim("Ann", "Oslo")], old, policy_of(precedence="quorum(2)", **THREE))
+    assert (objects(resolution), resolution.conflicts, resolution.pending) == ({ANN: "Bonn"}, (), (ANN,))
+
+
+def test_a_source_that_contradicts_itself_has_no_vote() -> None:
+    """Nor does it spoil the votes of the others."""
+    said = [claim("Ann", name, source="alpha") for name in ("Rome", "Oslo")]
+    said += [claim("Ann", "Rome", source="beta"), claim("Ann", "Rome", source="gamma")]
+    assert objects(resolve(said, {}, policy_of(precedence="quorum(2)", **THREE))) == {ANN: "Rome"}
+    assert kinds(resolve(said[:3], {}, policy_of(precedence="quorum(2)", **THREE))) == {ANN: "sources"}
+
+
+def test_sources_and_relations_that_the_policy_does_not_name_are_ignored() -> None:
+    """And so are previous facts of such relations."""
+    stranger = replace(claim("Bob", "Rome"), relation="mayor")
+    said = [claim("Ann", "Rome", source="beta"), stranger]
+    assert resolve(said, facts_of(stranger), policy_of()) == Resolution({}, (), ())
+
+
+def test_a_relation_of_many_has_no_facts() -> None:
+    """Its claims are recorded, not edited; nor do facts from before stay."""
+    policy = policy_of(relation={"cardinality": "many", "inverse": {"relation": "holder", "prompt": TEMPLATES[1]}})
+    assert resolve([claim("Ann", "Rome")], facts_of(claim("Ann", "Rome")), policy) == Resolution({}, (), ())
+
+
+# Confirmation ------------------------------------------------------------------------------------------------------
+
+TWICE = {"confirm": {"fetches": 2}}
+
+
+def test_what_was_said_once_waits() -> None:
+    """A new key has no fact yet, a changed one keeps the old one; both are pending."""
+    old = facts_of(claim("Ann", "Rome"))
+    resolution = resolve([claim("Ann", "Oslo"), claim("Bob", "Bonn")], old, policy_of(**TWICE))
+    assert (resolution.facts, resolution.pending) == (old, (ANN, BOB))
+
+
+def test_what_was_said_often_enough_counts() -> None:
+    """At the threshold exactly."""
+    resolution = resolve([claim("Ann", "Oslo", seen=2)], facts_of(claim("Ann", "Rome")), policy_of(**TWICE))
+    assert (objects(resolution), resolution.pending) == ({ANN: "Oslo"}, ())
+
+
+def test_said_once_takes_nothing_away() -> None:
+    """A claim that is deprecated for the first time does not withdraw the fact."""
+    old = facts_of(claim("Ann", "Rome"))
+    resolution = resolve([claim("Ann", "Rome", rank="deprecated")], old, policy_of(**TWICE))
+    assert (resolution.facts, resolution.pending) == (old, (ANN,))
+
+
+def test_a_source_that_changes_its_mind_does_not_let_a_lesser_one_through() -> None:
+    """While the better source's new object is unconfirmed, the fact is not the lesser source's in between."""
+    old = facts_of(claim("Ann", "Rome"))
+    said = [claim("Ann", "Oslo", seen=1), claim("Ann", "Bonn", source="beta", seen=9)]
+    resolution = resolve(said, old, policy_of(**TWICE, **THREE))
+    assert (resolution.facts, resolution.pending) == (old, (ANN,))
+
+
+def test_a_second_row_that_was_seen_once_is_no_conflict_yet() -> None:
+    """The confirmed row stands, the key is pending."""
+    said = [claim("Ann", "Rome", seen=5), claim("Ann", "Oslo", seen=1)]
+    resolution = resolve(said, facts_of(said[0]), policy_of(**TWICE))
+    assert (objects(resolution), resolution.conflicts, resolution.pending) == ({ANN: "Rome"}, (), (ANN,))
+
+
+# Retraction and history --------------------------------------------------------------------------------------------
+
+
+def test_keep_withdraws_and_a_claim_restores() -> None:
+    """The fact stays, marked, until somebody says it again."""
+    said = claim("Ann", "Rome")
+    gone = resolve([], facts_of(said), policy_of())
+    assert gone.facts == facts_of(said, status="withdrawn")
+    assert resolve([], gone.facts, policy_of()) == gone
+    assert resolve([said], gone.facts, policy_of()).facts == facts_of(said)
+
+
+def test_revert_lets_the_fact_go() -> None:
+    """Also one that was withdrawn under another rule."""
+    said = claim("Ann", "Rome")
+    for status in ("live", "withdrawn"):
+        assert resolve([], facts_of(said, status=status), policy_of(relation={"retract": "revert"})).facts == {}
+
+
+def test_a_row_that_moved_is_the_fact_as_accepted() -> None:
+    """A line number alone rewrites no history; another source does, because the old one no longer says it."""
+    old = facts_of(claim("Ann", "Rome", origin="line 3"))
+    assert resolve([claim("Ann", "Rome", origin="line 4")], old, policy_of()).facts == old
+    other = claim("Ann", "Rome", source="beta")
+    assert resolve([other], old, policy_of(**THREE)).facts == facts_of(other)
+
+
+# One object per prompt ---------------------------------------------------------------------------------------------
+
+
+def written(said: Claim, label: str) -> Claim:
+    """The claim with its subject written as `label`."""
+    return replace(said, subject=Entity(said.subject.id, label))
+
+
+def test_two_subjects_written_alike_with_different_objects_are_a_conflict_of_both() -> None:
+    """The model sees only text; who was there before stays."""
+    first, second = claim("Ann", "Rome"), written(claim("Bob", "Oslo"), "Ann")
+    assert resolve([first, second], {}, policy_of()).facts == {}
+    resolution = resolve([first, second], facts_of(first), policy_of())
+    assert (resolution.facts, kinds(resolution)) == (facts_of(first), {ANN: "prompt", BOB: "prompt"})
+    assert {one.subject.id for one in resolution.conflicts[0].claims} == {"s:Ann", "s:Bob"}
+    assert "'Ann is in' would go on with Rome (s:Ann, alpha line 1)" in resolution.conflicts[0].reason
+
+
+def test_two_subjects_written_alike_with_objects_written_alike_are_none() -> None:
+    """One prompt, one target: nothing to contradict."""
+    first, second = claim("Ann", "Rome"), written(claim("Bob", "Rome"), "Ann")
+    second = replace(second, object=Entity("o:other", "Rome"))
+    assert len(resolve([first, second], {}, policy_of()).facts) == 2
+
+
+def test_whoever_wants_the_prompt_of_one_that_had_to_go_back_goes_back_too() -> None:
+    """Renaming Ann to Bob collides with Bob, so Ann keeps her name, which Cid cannot take then."""
+    ann, bob, cid = claim("Ann", "Rome"), claim("Bob", "Oslo"), claim("Cid", "Bonn")
+    old = facts_of(ann, bob, cid)
+    resolution = resolve([written(ann, "Bob"), bob, written(cid, "Ann")], old, policy_of())
+    assert resolution.facts == old
+    assert set(kinds(resolution).values()) == {"prompt"}
+    assert len(resolution.conflicts) == 3
+
+
+def test_names_may_be_exchanged() -> None:
+    """Where all move at once nothing collides."""
+    ann, bob = claim("Ann", "Rome"), claim("Bob", "Oslo")
+    resolution = resolve([written(ann, "Bob"), written(bob, "Ann")], facts_of(ann, bob), policy_of())
+    assert ({key: fact.subject.label for key, fact in resolution.facts.items()}, resolution.conflicts) == (
+        {ANN: "Bob", BOB: "Ann"},
+        (),
+    )
+
+
+def test_a_withdrawn_fact_gives_way_to_a_live_one() -> None:
+    """A feed that gives a subject a new id is not blocked by what it no longer says."""
+    new = written(claim("Bob", "Oslo"), "Ann")
+    resolution = resolve([new], facts_of(claim("Ann", "Rome")), policy_of())
+    assert (resolution.facts, resolution.conflicts) == (facts_of(new), ())
+
+
+def test_a_withdrawn_fact_stays_where_the_live_ones_block_each_other() -> None:
+    """Nobody takes its prompt."""
+    rivals = [written(claim("Bob", "Oslo"), "Ann"), written(claim("Cid", "Bonn"), "Ann")]
+    resolution = resolve(rivals, facts_of(claim("Ann", "Rome")), policy_of())
+    assert resolution.facts == facts_of(claim("Ann", "Rome"), status="withdrawn")
+    assert len(resolution.conflicts) == 2
+
+
+def test_previous_facts_that_contradict_each_other_both_go() -> None:
+    """A new template may make two accepted facts one prompt: neither is kept then."""
+    ann, bob = claim("Ann", "Rome"), written(claim("Bob", "Oslo"), "Ann")
+    assert resolve([ann, bob], facts_of(ann, bob), policy_of()).facts == {}
+
+
+# Inverse relations -------------------------------------------------------------------------------------------------
+
+ROME, OSLO = FactKey("holder", "o:Rome"), FactKey("holder", "o:Oslo")
+
+
+def turned(**changes: object) -> Policy:
+    """A policy whose relation `place` has the inverse `holder`."""
+    return policy_of(relation={"inverse": {"relation": "holder", "prompt": "In {subject} lives"} | changes})
+
+
+def test_the_inverse_is_derived_from_the_fact() -> None:
+    """Subject and object change places, source and origin stay."""
+    said = claim("Ann", "Rome", origin="line 5")
+    fact = resolve([said], {}, turned()).facts[ROME]
+    assert fact == Fact("holder", said.object, said.subject, "alpha", "line 5")
+
+
+def test_an_inverse_with_two_objects_blocks_only_itself() -> None:
+    """Both direct facts hold, the inverse keeps what it had."""
+    said = [claim("Ann", "Rome"), claim("Bob", "Rome", origin="line 2")]
+    old = resolve(said[:1], {}, turned()).facts
+    resolution = resolve(said, old, turned())
+    assert objects(resolution) == {ANN: "Rome", BOB: "Rome", ROME: "Ann"}
+    (conflict,) = resolution.conflicts
+    assert (conflict.key, conflict.kind, len(conflict.claims)) == (ROME, "inverse", 2)
+
+
+def test_an_inverse_conflict_of_many_lists_some() -> None:
+    """A constellation has more stars than anyone would read; the reason has their number."""
+    said = [claim(f"Ann{n}", "Rome", origin=f"line {n}") for n in range(40)]
+    (conflict,) = resolve(said, {}, turned()).conflicts
+    assert len(conflict.claims) == 10
+    assert "40 objects" in conflict.reason
+    assert "and 30 more" in conflict.reason
+
+
+def test_the_inverse_has_its_own_retraction() -> None:
+    """The direct fact is kept as withdrawn, which derives nothing; its inverse leaves or is kept by its own rule."""
+    old = resolve([claim("Ann", "Rome")], {}, turned()).facts
+    kept = resolve([], old, turned()).facts
+    assert {key: fact.status for key, fact in kept.items()} == {ANN: "withdrawn", ROME: "withdrawn"}
+    assert set(resolve([], old, turned(retract="revert")).facts) == {ANN}
+
+
+def test_the_inverse_of_a_kept_fact_stays() -> None:
+    """A key in conflict keeps its fact, and that one's inverse."""
+    old = resolve([claim("Ann", "Rome")], {}, turned()).facts
+    resolution = resolve([claim("Ann", "Oslo"), claim("Ann", "Bonn")], old, turned())
+    assert (resolution.facts, kinds(resolution)) == (old, {ANN: "rows"})
+
+
+def test_a_direct_fact_never_gives_way_to_an_inverse_one() -> None:
+    """With one template for both directions a person called as a town collides: the inverse is blocked."""
+    policy = policy_of(relation={"inverse": {"relation": "holder", "prompt": TEMPLATES[0]}})
+    said = [claim("Rome", "Oslo"), claim("Ann", "Rome", origin="line 2")]
+    resolution = resolve(said, {}, policy)
+    assert objects(resolution) == {FactKey("place", "s:Rome"): "Oslo", ANN: "Rome", OSLO: "Rome"}
+    assert kinds(resolution) == {ROME: "prompt"}
+
+
+# Differences -------------------------------------------------------------------------------------------------------
+
+
+def test_diff_names_each_kind_of_change() -> None:
+    """Sorted by key; another origin or source is no change."""
+    base = claim("x", "Rome")
+
+    def at(name: str, fact: Fact) -> Fact:
+        return replace(fact, subject=Entity(f"s:{name}", "x"))
+
+    plain, away = fact_of(base), fact_of(base, status="withdrawn")
+    other = replace(plain, object=Entity("o:Oslo", "Oslo"))
+    spelled = replace(plain, object=Entity(plain.object.id, "Roma"))
+    moved = replace(plain, origin="line 2", source="beta")
+    pairs: dict[str, tuple[Fact | None, Fact | None]] = {
+        "added": (None, plain),
+        "changed": (plain, other),
+        "changed too": (away, other),
+        "moved": (plain, moved),
+        "relabelled": (plain, spelled),
+        "removed": (plain, None),
+        "restored": (away, plain),
+        "same": (plain, plain),
+        "withdrawn": (plain, away),
+    }
+    before = {at(name, one).key: at(name, one) for name, (one, _) in pairs.items() if one}
+    after = {at(name, one).key: at(name, one) for name, (_, one) in pairs.items() if one}
+    assert [(change.key.subject, change.kind) for change in diff(before, after)] == [
+        (f"s:{name}", name.removesuffix(" too")) for name in pairs if name not in ("moved", "same")
+    ]
+
+
+# For any world -----------------------------------------------------------------------------------------------------
+
+
+def requests_of(facts: Mapping[FactKey, Fact], policy: Policy) -> Iterable[EditRequest]:
+    wording = policy.wording()
+    return [render(fact, wording[key.relation]) for key, fact in facts.items()]
+
+
+worlds = st.lists(claims(), max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(policy=policies(), past=st.lists(worlds, max_size=3), now=worlds)
+def test_any_claims_over_any_history_satisfy_eqn_5(policy: Policy, past: list[list[Claim]], now: list[Claim]) -> None:
+    """One object per key and per prompt; blocked and waiting keys keep what they had; again changes nothing."""
+    facts: dict[FactKey, Fact] = {}
+    for said in [*past, now]:
+        previous, resolution = facts, resolve(said, facts, policy)
+        facts = resolution.facts
+        assert all(key == fact.key for key, fact in facts.items())
+        assert not contradictions(requests_of(facts, policy))
+        blocked = {conflict.key for conflict in resolution.conflicts}
+        assert len(blocked) == len(resolution.conflicts)
+        for key in blocked | set(resolution.pending):
+            kept, old = facts.get(key), previous.get(key)
+            confirmed = key in resolution.pending and old is None
+            assert kept == old or confirmed or (kept is None and old is not None and old.status == "withdrawn")
+        again = resolve(said, facts, policy)
+        assert again.facts == facts
+        assert diff(facts, again.facts) == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(policy=policies(), past=worlds, now=worlds, seed=st.integers(0, 9))
+def test_the_order_of_claims_and_facts_does_not_matter(
+    policy: Policy, past: list[Claim], now: list[Claim], seed: int
+) -> None:
+    """A source's answer is a set: where rows differ only in what no rule reads, the result is still the same."""
+    unique = list({(one.source, one.origin): one for one in now}.values())
+    previous = resolve(past, {}, policy).facts
+    expected = resolve(unique, previous, policy)
+    shuffled = random.Random(seed)
+    items = list(previous.items())
+    shuffled.shuffle(items)
+    shuffled.shuffle(unique)
+    assert resolve(unique, dict(items), policy) == expected
+
+
+@settings(max_examples=150, deadline=None)
+@given(policy=policies(), past=worlds, now=worlds)
+def test_every_new_live_fact_is_said_by_somebody(policy: Policy, past: list[Claim], now: list[Claim]) -> None:
+    """No fact is made up: a live fact that was not there before is a confirmed claim, or the turned one of a fact."""
+    previous = resolve(past, {}, policy).facts
+    resolution = resolve(now, previous, policy)
+    confirmed = {
+        (one.key, one.subject, one.object)
+        for one in now
+        if one.seen >= policy.confirm.fetches and one.rank != "deprecated"
+    }
+    derived = {(FactKey("holder", f.object.id), f.object, f.subject) for f in resolution.facts.values()}
+    for key, fact in resolution.facts.items():
+        if fact.status == "live" and fact != previous.get(key):
+            assert (key, fact.subject, fact.object) in (confirmed if key.relation == "place" else derived)
+
+
+@st.composite
+def request_maps(draw: st.DrawFn, most: int = 8) -> dict[FactKey, EditRequest]:
+    keys = draw(st.lists(st.integers(0, 9), unique=True, max_size=most))
+    return {
+        (key := FactKey("r", str(number))): EditRequest(
+            key, draw(st.sampled_from(["p", "q", "r"])), "s", draw(st.sampled_from(["a", "b"]))
+        )
+        for number in keys
+    }
+
+
+@settings(max_examples=300, deadline=None)
+@given(wanted=request_maps(), fallback=request_maps(), fixed=request_maps(3))
+def test_requests_that_are_kept_apart_never_contradict_each_other(
+    wanted: dict[FactKey, EditRequest], fallback: dict[FactKey, EditRequest], fixed: dict[FactKey, EditRequest]
+) -> None:
+    """Nor a fixed one; each key gets its wish, its fallback or nothing; and the result is its own result."""
+    pinned = list(fixed.values())
+    chosen, blocked = keep_apart(wanted, fallback, pinned)
+    among_fixed = contradictions(pinned)
+    assert contradictions([*chosen.values(), *pinned]).keys() <= among_fixed.keys()
+    assert not any(request.prompt in among_fixed for request in chosen.values())
+    for key, request in wanted.items():
+        if key not in blocked:
+            assert chosen[key] == request
+        else:
+            assert chosen.get(key) in (None, fallback.get(key))
+            rival = blocked[key]
+            assert (rival.prompt, rival.target != request.target) == (request.prompt, True)
+    assert chosen.keys() <= wanted.keys()
+    assert keep_apart(wanted, chosen, pinned)[0] == chosen
+    assert keep_apart(dict(reversed(wanted.items())), fallback, pinned) == (chosen, blocked)
