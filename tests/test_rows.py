@@ -20,9 +20,16 @@ def source(**keys: Any) -> Source:
     return Source.model_validate({"source": "stars", "type": "csv", "relation": "constellation", **keys})
 
 
-def row(**fields: str) -> Row:
+def row(**fields: Any) -> Row:
     return Row(
-        **{"origin": "line 2", "raw": "Vega,Lyra", "subject": "Vega", "object": "Lyra", "object_space": "iau", **fields}
+        **{
+            "origin": "line 2",
+            "raw": ["Vega", "Lyra"],
+            "subject": "Vega",
+            "object": "Lyra",
+            "object_space": "iau",
+            **fields,
+        }
     )
 
 
@@ -90,7 +97,7 @@ def test_a_bad_row_waits_and_its_subject_counts_as_present(fields: dict[str, str
     snapshot = read(row(subject_id="91262", **fields), ids="hip")
     (bad,) = snapshot.quarantined
     assert not snapshot.claims
-    assert (bad.origin, bad.raw, bad.subject_id) == ("line 2", "Vega,Lyra", "hip:91262")
+    assert (bad.origin, bad.raw, bad.subject_id) == ("line 2", "Vega | Lyra", "hip:91262")
     assert reason in bad.reason
     assert snapshot.complete
     assert snapshot.rows == 1

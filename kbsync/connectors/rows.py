@@ -6,7 +6,7 @@ present where its id can be read. Equal rows are one claim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -24,14 +24,14 @@ _RANKS = ("preferred", "normal", "deprecated")
 
 @dataclass(slots=True)
 class Row:
-    """One row as the source gave it, nothing checked. Empty text means: not given.
+    """One row as the source gave it, nothing checked. Empty text means: not given; `raw` is all that it said.
 
     `subject_id` is the id within the source's space (empty: the label is the id), `object_id` a whole id, or empty:
     then the object is its text, in the space `object_space`. `problem` is what the connector itself found wrong.
     """
 
     origin: str
-    raw: object
+    raw: Sequence[str]
     subject: str = ""
     object: str = ""
     subject_id: str = ""
@@ -55,7 +55,7 @@ def snapshot_of(source: Source, rows: Iterable[Row], provenance: Provenance) -> 
             claim = _claim(source, row, subject_id)
         except ValueError as error:
             reason = str(error) if subject_id else f"{error}; nothing is withdrawn while a row names no subject"
-            quarantined.append(QuarantinedRow(row.origin, reason, printable(row.raw), subject_id))
+            quarantined.append(QuarantinedRow(row.origin, reason, printable(" | ".join(row.raw)), subject_id))
         else:
             claims.setdefault(replace(claim, origin=""), claim)
     return Snapshot(

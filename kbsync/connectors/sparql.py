@@ -161,7 +161,7 @@ class SparqlConnector:
             subject, thing = terms.get("subject", NOTHING), terms.get("object", NOTHING)
             row = Row(
                 origin=_origin(terms.get("statement", NOTHING), subject),
-                raw=" | ".join(f"{name}={term.value}" for name, term in terms.items()),
+                raw=[f"{name}={term.value}" for name, term in terms.items()],
                 subject=_label(terms.get("subjectLabel", NOTHING), subject),
                 subject_id=subject.entity[1],
                 object=_label(terms.get("objectLabel", NOTHING), thing),
