@@ -207,7 +207,7 @@ def test_check_warns_of_objects_that_can_never_be_equal(load: Load) -> None:
     second = SOURCE.replace("source: stars", "source: more-stars")
     policy = POLICY.replace("[stars]", "[stars, more-stars]") + "precedence: quorum(2)\n"
     (warning,) = load(sources__more=second, policies__astronomy=policy).check()
-    assert "under different ids (more-stars, stars)" in warning
+    assert "by different ids (more-stars, stars)" in warning
     same = "object_ids: constellations\n"
     catalog = load(sources__stars=SOURCE + same, sources__more=second + same, policies__astronomy=policy)
     assert catalog.check() == []
