@@ -1,6 +1,50 @@
 """The fact ledger: what sources said, what was accepted, what each version of each model holds, who did what when.
 
-with Ledger.open("sqlite:///data/ledger.db") as ledger, ledger.write() as db:
-    run = db.start_run("astronomy", model=None, trigger="sync", user="me")
-    db.record(run, snapshot)
+`Ledger.open(url)`, then `ledger.read()` and `ledger.write()`; see `ledger.ledger`. docs/ledger.md describes the tables.
 """
+
+from __future__ import annotations
+
+from kbsync.ledger.ledger import Ledger
+from kbsync.ledger.reader import Reader
+from kbsync.ledger.records import (
+    AuditRow,
+    ConflictRow,
+    FactRow,
+    HeadMove,
+    HoldRow,
+    ModelRow,
+    ProbeRow,
+    PublishedVersion,
+    QuarantineRow,
+    RecordCounts,
+    RunRow,
+    RunStatus,
+    ScheduleState,
+    SourceState,
+    StagedPlan,
+    VersionRow,
+)
+from kbsync.ledger.writer import Writer
+
+__all__ = [
+    "AuditRow",
+    "ConflictRow",
+    "FactRow",
+    "HeadMove",
+    "HoldRow",
+    "Ledger",
+    "ModelRow",
+    "ProbeRow",
+    "PublishedVersion",
+    "QuarantineRow",
+    "Reader",
+    "RecordCounts",
+    "RunRow",
+    "RunStatus",
+    "ScheduleState",
+    "SourceState",
+    "StagedPlan",
+    "VersionRow",
+    "Writer",
+]

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from kbsync.facts import Applied, Conflict, Fact, Hold, Provenance, QuarantinedRow
-
-if TYPE_CHECKING:
-    from kbsync.versions.manifest import ActiveDelta
+from kbsync.versions.manifest import ActiveDelta, VersionKind
 
 __all__ = [
     "AuditRow",
@@ -32,12 +30,10 @@ __all__ = [
     "ScheduleState",
     "SourceState",
     "StagedPlan",
-    "VersionKind",
     "VersionRow",
 ]
 
 RunStatus = Literal["running", "done", "failed", "held", "rejected", "superseded", "cancelled", "postponed"]
-VersionKind = Literal["base", "edit", "revert", "rebase"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,308 @@
+"""The database under the ledger: connections, transactions, and every line that is different in SQLite and PostgreSQL.
+
+SQLite: sqlite.org/wal.html, /pragma.html; transaction control as SQLAlchemy's pysqlite page describes it
+("Serializable isolation / Savepoints / Transactional DDL"): the driver's own is off, BEGIN is emitted here.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.schema import CreateTable, DropTable
+
+from kbsync.errors import Busy, KbsyncError, LedgerError, UsageError
+
+__all__ = [
+    "BATCH",
+    "BUSY_TIMEOUT",
+    "Session",
+    "analyze",
+    "append_only",
+    "application_id",
+    "backup",
+    "bulk_insert",
+    "database_file",
+    "engine_for",
+    "insert_row",
+    "integrity_problems",
+    "journal_mode",
+    "mark_as_ledger",
+    "reading",
+    "temporary",
+    "translated",
+    "upsert",
+    "writing",
+]
+
+APPLICATION_ID = 0x6B627379
+"""`kbsy`: what `PRAGMA application_id` says of a kbsync ledger, and of nothing else."""
+
+BUSY_TIMEOUT = 5000
+"""Milliseconds that a writer waits for another one."""
+
+BATCH = 10_000
+"""Rows per executemany: large enough for the rate to be flat, small enough not to hold a feed twice in memory."""
+
+_WRITER_LOCK = 0x6B627379
+"""Key of PostgreSQL's advisory lock that makes writers take turns, as SQLite's BEGIN IMMEDIATE does."""
+
+
+def engine_for(url: str, *, create: bool) -> Engine:
+    """An engine whose connections are safe to use: every pragma set, every transaction ours.
+
+    A new SQLite file gets mode 0600. Raises LedgerError where there is no ledger and `create` is false, UsageError
+    where the URL means nothing to SQLAlchemy.
+    """
+    try:
+        address = make_url(url)
+        file = database_file(address)
+        if file is not None:
+            _ensure_file(file, create=create)
+        engine = create_engine(address)
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise UsageError(f"ledger URL is not usable: {error}", hint="for instance sqlite:///data/ledger.db") from error
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def database_file(url: URL) -> Path | None:
+    """The file of a SQLite URL; None for a server. Raises UsageError for SQLite in memory, which nothing outlives."""
+    if url.get_backend_name() != "sqlite":
+        return None
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        raise UsageError("the ledger needs a file", hint="for instance sqlite:///data/ledger.db")
+    return Path(url.database)
+
+
+def _ensure_file(file: Path, *, create: bool) -> None:
+    if file.exists():
+        return
+    if not create:
+        raise LedgerError(f"{file}: no ledger here", hint="kbsync init")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise LedgerError(f"{file}: {error.strerror}", hint="choose a folder that can be written to") from error
+
+
+def journal_mode(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> str:
+    """The journal mode that this SQLite can be trusted with.
+
+    WAL can be corrupted by one connection writing while another checkpoints, from 3.7.0 to 3.51.2 and but for the
+    backport 3.50.7 (sqlite.org/wal.html, "WAL-reset bug"); there the rollback journal is used.
+    """
+    fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51)
+    return "wal" if fixed else "truncate"
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # BEGIN is `_begin`'s: the driver's own would not roll DDL back
+    cursor = connection.cursor()
+    try:
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute("PRAGMA synchronous = FULL")
+        wanted = journal_mode()
+        (found,) = cursor.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+        if found != wanted:
+            raise LedgerError(
+                f"the ledger is in journal mode {found}, which SQLite {sqlite3.sqlite_version} must not write in",
+                hint="close every other program that has it open, then try again",
+            )
+    finally:
+        cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    """BEGIN. A writer takes the lock at once: a reader that turns writer after another commit fails without waiting."""
+    writing = connection.get_execution_options().get("writing", False)
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+    elif writing:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
+
+
+@contextmanager
+def translated(place: str) -> Iterator[None]:
+    """What the database refuses, as one line: Busy where another holds it, else LedgerError. `place`: which ledger."""
+    try:
+        yield
+    except KbsyncError:
+        raise
+    except (DBAPIError, sqlite3.Error) as error:
+        cause = str(getattr(error, "orig", None) or error)
+        if "locked" in cause:
+            seconds = BUSY_TIMEOUT // 1000
+            raise Busy(f"{place}: another process has been writing for {seconds} s", hint="try again") from error
+        raise LedgerError(f"{place}: {cause}", hint="kbsync verify") from error
+
+
+def bulk_insert(connection: Connection, table: Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+    """Insert rows of values in the order of `columns`; their number.
+
+    Goes past SQLAlchemy's parameter dictionaries, which halve the rate.
+    """
+    dialect = connection.dialect
+    quote = dialect.identifier_preparer.quote
+    placeholder = "?" if dialect.paramstyle == "qmark" else "%s"
+    names = ", ".join(quote(name) for name in columns)
+    values = ", ".join(placeholder for _ in columns)
+    statement = f"INSERT INTO {quote(table.name)} ({names}) VALUES ({values})"  # noqa: S608  # names of our own schema
+    processors = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in columns]
+    plain = not any(processors)
+    done, source = 0, iter(rows)
+    while batch := [tuple(row) for row in islice(source, BATCH)]:
+        if not plain:
+            batch = [tuple(p(v) if p else v for p, v in zip(processors, row, strict=True)) for row in batch]
+        connection.exec_driver_sql(statement, batch)
+        done += len(batch)
+    return done
+
+
+class Session:
+    """One transaction, as the readers and writers use it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+
+def reading(engine: Engine) -> Connection:
+    """A connection whose statements all see one state."""
+    connection = engine.connect()
+    if engine.dialect.name == "sqlite":
+        return connection  # a deferred BEGIN does that
+    return connection.execution_options(isolation_level="REPEATABLE READ")
+
+
+def writing(engine: Engine) -> Connection:
+    """A connection in a transaction that has the writer's lock."""
+    connection = engine.connect().execution_options(writing=True)
+    try:
+        connection.begin()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def insert_row(connection: Connection, table: Table, values: Mapping[str, Any]) -> int:
+    """Insert one row; its id."""
+    return int(connection.execute(table.insert().values(values).returning(table.c.id)).scalar_one())
+
+
+def upsert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, or update those whose primary key is there."""
+    if not rows:
+        return
+    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = make(table)
+    keys = [column.name for column in table.primary_key]
+    others = {column.name: statement.excluded[column.name] for column in table.c if column.name not in keys}
+    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=others), list(rows))
+
+
+@contextmanager
+def temporary(connection: Connection, *tables: Table) -> Iterator[None]:
+    """TEMP tables, for the time of the block; they go with the transaction where the block fails."""
+    for table in tables:
+        connection.execute(CreateTable(table))
+    yield
+    for table in tables:
+        connection.execute(DropTable(table))
+
+
+def analyze(connection: Connection, table: Table) -> None:
+    """Tell PostgreSQL how large a staging table has become; SQLite plans by its indexes alone."""
+    if connection.dialect.name != "sqlite":
+        connection.execute(text(f"ANALYZE {table.name}"))
+
+
+def append_only(connection: Connection, table: str) -> None:
+    """Triggers that refuse UPDATE and DELETE on `table`."""
+    if connection.dialect.name == "sqlite":
+        for verb in ("UPDATE", "DELETE"):
+            connection.exec_driver_sql(
+                f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+                f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            )
+        return
+    connection.exec_driver_sql(
+        f"CREATE FUNCTION {table}_append_only() RETURNS trigger LANGUAGE plpgsql "
+        f"AS $$ BEGIN RAISE EXCEPTION '{table} is append-only'; END $$"
+    )
+    connection.exec_driver_sql(
+        f"CREATE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+        f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_append_only()"
+    )
+
+
+def application_id(connection: Connection) -> int:
+    """Whose database this is; 0 where the file does not say, ours for a server, which has no such mark."""
+    if connection.dialect.name != "sqlite":
+        return APPLICATION_ID
+    return int(connection.exec_driver_sql("PRAGMA application_id").scalar_one())
+
+
+def mark_as_ledger(connection: Connection) -> None:
+    """Write kbsync's application id."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def integrity_problems(connection: Connection, *, quick: bool) -> list[str]:
+    """What the database itself finds wrong, foreign keys included; `quick` skips the indexes' contents."""
+    if connection.dialect.name != "sqlite":
+        return []
+    pragma = "quick_check" if quick else "integrity_check"
+    lines = [str(row[0]) for row in connection.exec_driver_sql(f"PRAGMA {pragma}")]
+    problems = [f"{pragma}: {line}" for line in lines if line != "ok"]
+    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        problems.append(f"table {table}, row {row}: refers to a row that {parent} does not have")
+    return problems
+
+
+def backup(engine: Engine, target: Path) -> None:
+    """A copy of the ledger as of now, by VACUUM INTO (synced by SQLite), checked, mode 0600; the ledger stays usable.
+
+    Raises LedgerError where `target` exists, the copy is not sound, or the ledger is on a server.
+    """
+    if engine.dialect.name != "sqlite":
+        raise LedgerError("the ledger is on a server", hint="pg_dump makes the backup")
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise LedgerError(f"{target}: {error.strerror}", hint="name a file that does not exist") from error
+    try:
+        _vacuum_into(engine, target)
+        verdict = _verdict(target)
+    except BaseException:
+        target.unlink()
+        raise
+    if verdict != "ok":
+        raise LedgerError(f"{target}: the copy is damaged: {verdict}", hint="kbsync verify")
+
+
+def _vacuum_into(engine: Engine, target: Path) -> None:
+    raw = engine.raw_connection()
+    try:
+        raw.cursor().execute("VACUUM INTO ?", (str(target),))  # outside any transaction, as VACUUM must be
+    finally:
+        raw.close()
+
+
+def _verdict(file: Path) -> str:
+    with closing(sqlite3.connect(file)) as copy:
+        return str(copy.execute("PRAGMA integrity_check").fetchone()[0])

@@ -1,0 +1,73 @@
+"""Brings a database to this kbsync's schema, in one transaction, with a backup of what was there before."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, column, inspect, select, table
+
+from kbsync.errors import LedgerError
+from kbsync.ledger import database
+
+__all__ = ["REVISION", "migrate"]
+
+REVISION = "0001"
+"""The newest revision in `migrations/versions`. Named here so that opening a current ledger need not load Alembic."""
+
+
+def migrate(engine: Engine, place: str) -> Path | None:
+    """Create or upgrade the tables; the backup's path, where one was made.
+
+    Raises LedgerError where the database is another program's, or was written by a newer kbsync.
+    """
+    with engine.connect() as connection:
+        found = _revision(connection)
+        _refuse_foreign(connection, found, place)
+    if found == REVISION:
+        return None
+    copy = _backup(engine, found) if found is not None else None
+    with database.writing(engine) as connection:
+        _upgrade(connection, place)
+        connection.commit()
+    return copy
+
+
+def _revision(connection: Connection) -> str | None:
+    """The schema's revision; None where there is no table yet."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.scalar(select(column("version_num")).select_from(table("alembic_version")))
+
+
+def _refuse_foreign(connection: Connection, revision: str | None, place: str) -> None:
+    if revision is None:
+        foreign = bool(inspect(connection).get_table_names())
+    else:
+        foreign = database.application_id(connection) != database.APPLICATION_ID
+    if foreign:
+        raise LedgerError(f"{place}: is a database, but no kbsync ledger", hint="name another file in kbsync.yaml")
+
+
+def _backup(engine: Engine, revision: str) -> Path | None:
+    file = database.database_file(engine.url)
+    if file is None:
+        return None  # a server's operator makes the backups
+    target = file.with_name(f"{file.name}.{revision}-{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.backup")
+    database.backup(engine, target)
+    return target
+
+
+def _upgrade(connection: Connection, place: str) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", "kbsync.ledger:migrations")
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise LedgerError(f"{place}: was written by a newer kbsync ({error})", hint="upgrade kbsync") from error

@@ -1,0 +1,157 @@
+"""What each model holds: versions and what is in them, HEAD, holds, known answers, rejected plans, probes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import func, select
+
+from kbsync.errors import UsageError
+from kbsync.facts import Applied, EditRequest, FactKey, Hold
+from kbsync.ledger import schema
+from kbsync.ledger.codec import applied_from_json
+from kbsync.ledger.database import Session
+from kbsync.ledger.records import HeadMove, HoldRow, ModelRow, ProbeRow, VersionRow
+from kbsync.versions.manifest import ActiveDelta
+
+__all__ = ["VersionReader"]
+
+
+class VersionReader(Session):
+    """Questions about models and their versions. `model` is always the model's id."""
+
+    def models(self) -> list[ModelRow]:
+        """The models that follow the ledger, oldest first."""
+        table = schema.model
+        query = select(table.c.id, table.c.name, table.c.fingerprint, table.c.path, table.c.registered_at)
+        rows = self._connection.execute(query.order_by(table.c.registered_at, table.c.id)).all()
+        return [ModelRow(*row[:4], self.head(row[0]), row[4]) for row in rows]
+
+    def head(self, model: str) -> int:
+        """The live version's number. Raises UsageError where the model is not registered."""
+        moves = self.head_moves(model, limit=1)
+        if not moves:
+            raise UsageError(f"model {model}: the ledger does not know it", hint="kbsync status")
+        return moves[0].number
+
+    def head_moves(self, model: str, *, limit: int | None = None) -> list[HeadMove]:
+        """Which version was live from when, newest first."""
+        table = schema.head
+        query = select(table.c.model, table.c.version, table.c.at, table.c.who, table.c.reason)
+        query = query.where(table.c.model == model).order_by(table.c.id.desc()).limit(limit)
+        return [HeadMove(*row) for row in self._connection.execute(query)]
+
+    def versions(self, model: str) -> list[VersionRow]:
+        """Every published version, by number."""
+        return self._versions(schema.version.c.model == model)
+
+    def version(self, model: str, number: int) -> VersionRow:
+        """One version. Raises UsageError where there is none of that number."""
+        found = self._versions(schema.version.c.model == model, schema.version.c.number == number)
+        if not found:
+            raise UsageError(f"version {number} of {model}: there is no such version", hint="kbsync log")
+        return found[0]
+
+    def _versions(self, *which: Any) -> list[VersionRow]:
+        table, probe = schema.version, schema.probe_result
+        newest = (
+            select(func.max(probe.c.id))
+            .where(probe.c.model == table.c.model, probe.c.version == table.c.number)
+            .correlate(table)
+            .scalar_subquery()
+        )
+        query = select(table, probe.c.report).outerjoin(probe, probe.c.id == newest)
+        rows = self._connection.execute(query.where(*which).order_by(table.c.model, table.c.number))
+        return [VersionRow(*row) for row in rows]
+
+    def active(self, model: str, number: int) -> list[ActiveDelta]:
+        """The deltas that a version's weights are rebuilt from, in order."""
+        table = schema.version_delta
+        query = (
+            select(table.c.delta, table.c.excluded, table.c.corrections)
+            .where(table.c.model == model, table.c.version == number)
+            .order_by(table.c.position)
+        )
+        return [
+            ActiveDelta(delta=delta, excluded=tuple(excluded), corrections=corrections)
+            for delta, excluded, corrections in self._connection.execute(query)
+        ]
+
+    def applied(self, model: str, number: int) -> dict[FactKey, Applied]:
+        """What a version's weights hold: the columns of its active deltas but those excluded; the later one wins."""
+        held: dict[FactKey, Applied] = {}
+        for active in self.active(model, number):
+            for applied in self.delta_facts(model, active.delta):
+                if applied.column not in active.excluded:
+                    held[applied.request.key] = applied
+        return held
+
+    def delta_facts(self, model: str, delta: str) -> list[Applied]:
+        """What each column of a delta put into the weights, by column."""
+        table = schema.delta_fact
+        query = select(table).where(table.c.model == model, table.c.delta == delta).order_by(table.c.delta_column)
+        return [_applied(row) for row in self._connection.execute(query)]
+
+    def holds(self, model: str) -> dict[FactKey, Hold]:
+        """The holds in force."""
+        return {row.hold.key: row.hold for row in self.hold_rows(model)}
+
+    def hold_rows(self, model: str, *, open_only: bool = True) -> list[HoldRow]:
+        """Holds with who made them and when, oldest first."""
+        query = select(schema.hold).where(schema.hold.c.model == model).order_by(schema.hold.c.id)
+        if open_only:
+            query = query.where(schema.hold.c.until.is_(None))
+        return [_hold_row(row) for row in self._connection.execute(query)]
+
+    def known(self, fingerprint: str) -> dict[str, bool]:
+        """Request digest -> whether the base of that fingerprint answers it by itself."""
+        query = select(schema.known.c.request, schema.known.c.known).where(schema.known.c.fingerprint == fingerprint)
+        return {row.request: row.known for row in self._connection.execute(query)}
+
+    def is_rejected(self, model: str, plan_digest: str, settings_digest: str, head: int) -> bool:
+        """Whether the gate has refused exactly this plan, with these settings, on this HEAD."""
+        table = schema.rejected_plan
+        query = select(table.c.model).where(
+            table.c.model == model,
+            table.c.plan_digest == plan_digest,
+            table.c.settings_digest == settings_digest,
+            table.c.head == head,
+        )
+        return self._connection.execute(query).first() is not None
+
+    def probes(self, model: str, version: int | None = None) -> list[ProbeRow]:
+        """Probe reports, newest first: of one version, or all, those of rejected edits included."""
+        table = schema.probe_result
+        query = select(table.c.model, table.c.version, table.c.run_id, table.c.report, table.c.measured_at)
+        query = query.where(table.c.model == model).order_by(table.c.id.desc())
+        if version is not None:
+            query = query.where(table.c.version == version)
+        return [ProbeRow(*row) for row in self._connection.execute(query)]
+
+    def live_deltas(self, models: Collection[str] | None = None) -> set[str]:
+        """The sha256 of every delta and corrections file that some version needs: what `gc` must keep."""
+        table = schema.version_delta
+        query = select(table.c.delta, table.c.corrections)
+        if models is not None:
+            query = query.where(table.c.model.in_(models))
+        return {sha for row in self._connection.execute(query) for sha in row if sha is not None}
+
+
+def _applied(row: Sequence[Any]) -> Applied:
+    _, delta, position, relation, subject_id, object_id, prompt, subject, target, paraphrases = row
+    request = EditRequest(FactKey(relation, subject_id), prompt, subject, target, tuple(paraphrases))
+    return Applied(request, object_id, delta, position)
+
+
+def _hold_row(row: Sequence[Any]) -> HoldRow:
+    _, model, relation, subject, frozen, held_out, reason, evidence, run_id, version, since, until = row
+    applied = None if frozen is None else applied_from_json(frozen)
+    return HoldRow(
+        hold=Hold(FactKey(relation, subject), applied, held_out, reason, evidence),
+        model=model,
+        since=since,
+        until=until,
+        run_id=run_id,
+        version=version,
+    )

@@ -1,0 +1,14 @@
+"""Reading the ledger: every question in one consistent state, in one transaction that changes nothing."""
+
+from __future__ import annotations
+
+from kbsync.ledger.read_facts import FactReader
+from kbsync.ledger.read_runs import RunReader
+from kbsync.ledger.read_sources import SourceReader
+from kbsync.ledger.read_versions import VersionReader
+
+__all__ = ["Reader"]
+
+
+class Reader(SourceReader, FactReader, RunReader, VersionReader):
+    """What the ledger answers, as of the moment that the transaction began."""
