@@ -210,10 +210,10 @@ def _request(options: SparqlOptions) -> httpx.Request:
     return httpx.Request(request.get_method(), request.full_url, headers=dict(request.header_items()), content=content)
 
 
-def parse_answer(body: bytes) -> list[dict[str, Term]]:
+def parse_answer(body: bytes, needed: Sequence[str] = VARIABLES) -> list[dict[str, Term]]:
     """The rows of a SPARQL JSON answer (https://www.w3.org/TR/sparql11-results-json/), every one of them.
 
-    Raises ValueError where the body is not one whole JSON document, lacks a variable, or shows a timeout.
+    Raises ValueError where the body is not one whole JSON document, lacks a needed variable, or shows a timeout.
     """
     text = body.decode("utf-8", "replace")
     if any(trace in text for trace in TRACES):
@@ -224,7 +224,7 @@ def parse_answer(body: bytes) -> list[dict[str, Term]]:
         raise ValueError(f"the answer is not whole: it ends with {printable(text[-80:].strip(), 80)!r}") from error
     match answer:
         case {"head": {"vars": list() as names}, "results": {"bindings": list() as bindings}}:
-            missing = [f"?{name}" for name in VARIABLES if name not in names]
+            missing = [f"?{name}" for name in needed if name not in names]
             if missing:
                 raise ValueError(f"the answer lacks {', '.join(missing)}")
             return [_terms(binding) for binding in bindings]
