@@ -53,6 +53,8 @@ def run_edit(
         finally:
             _end(process)
             watcher.join()
+            if process.stdout is not None:
+                process.stdout.close()
         if stop.is_set():
             raise Cancelled("the edit was cancelled; nothing was published", hint="the next pass plans it again")
         return _outcome(answer, process.returncode, stderr)

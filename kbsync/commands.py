@@ -96,6 +96,7 @@ def perform(
     workspace = Workspace.load(root)
     try:
         with writer_lock(workspace.lock), open_workspace(root, user=user, progress=progress, cancelled=cancelled) as it:
+            it.recover()
             return execute(it, command, arguments)
     except Busy:
         return call(workspace.socket, command, arguments, user=user, progress=progress)

@@ -83,6 +83,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until `stop`; on return nothing is running any more."""
+        self._reconciler(USER, silent).recover()
         with self._signals(), serve(self._workspace.socket, self._handle):
             self._scheduler.add_listener(self._note_event, sum(EVENTS))
             self._schedule_all()
@@ -160,7 +161,7 @@ class Daemon:
         for name, policy in wanted.items():
             with self._ledger.read() as db:
                 state = db.schedule_state(name)
-            due = overdue(policy.schedule, state.last_started if state else None, now)
+            due = overdue(policy.schedule, state.last_started, now)
             first = {"next_run_time": now} if due else {}
             self._scheduler.add_job(
                 self._pass, trigger(policy.schedule), args=[name], id=name, replace_existing=True, **first
@@ -216,8 +217,7 @@ class Daemon:
     def _note_schedule(self, name: str, started: datetime, *, ok: bool) -> None:
         job = self._scheduler.get_job(name)
         with self._ledger.write() as db:
-            before = db.schedule_state(name)
-            last_ok = started if ok else before.last_ok if before else None
+            last_ok = started if ok else db.schedule_state(name).last_ok
             db.set_schedule_state(
                 ScheduleState(name, last_started=started, last_ok=last_ok, next_due=job.next_run_time if job else None)
             )

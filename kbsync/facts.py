@@ -173,6 +173,24 @@ class Change:
     at: datetime | None = None
     run_id: int | None = None
 
+    def to_json(self) -> dict[str, object]:
+        """The change as a JSON value: subject and objects with id and label."""
+        fact = self.after or self.before
+        return {
+            "relation": self.key.relation,
+            "subject_id": self.key.subject,
+            "subject": fact.subject.label if fact else None,
+            "kind": self.kind,
+            "before": self.before.object.label if self.before else None,
+            "before_id": self.before.object.id if self.before else None,
+            "after": self.after.object.label if self.after else None,
+            "after_id": self.after.object.id if self.after else None,
+            "source": fact.source if fact else None,
+            "origin": fact.origin if fact else None,
+            "at": self.at.isoformat() if self.at else None,
+            "run": self.run_id,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class EditRequest:

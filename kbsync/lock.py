@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kbsync.errors import Busy
 
-__all__ = ["writer_lock"]
+__all__ = ["held_by", "writer_lock"]
 
 
 @contextmanager
@@ -32,3 +32,15 @@ def writer_lock(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def held_by(path: Path) -> str | None:
+    """The process number of whoever holds the lock now, None where nobody does."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read(32).decode(errors="replace").strip() or "unknown"
+    return None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
+from tenacity import RetryCallState, Retrying, retry_if_exception_type
 from tenacity.wait import wait_exponential_jitter
 
 from kbsync.connectors import Connector
@@ -48,7 +48,7 @@ def observe(
     for done, (name, connector) in enumerate(connectors.items()):
         progress("fetch", done, len(connectors))
         with ledger.read() as db:
-            state = db.source_state(name) or SourceState(name)
+            state = db.source_state(name)
             previous = db.last_accepted(name)
         if state.retry_at is not None and datetime.now(UTC) < state.retry_at:
             failures.append(_cooling(state, state.retry_at))
@@ -74,7 +74,7 @@ def _cooling(state: SourceState, until: datetime) -> SourceError:
 
 def _retrying(sleep: Callable[[float], None] | None) -> Retrying:
     retrying = Retrying(
-        stop=stop_after_attempt(ATTEMPTS) | _asks_for_long,
+        stop=_enough,
         wait=_wait,
         retry=retry_if_exception_type(SourceUnavailable),
         reraise=True,
@@ -82,8 +82,9 @@ def _retrying(sleep: Callable[[float], None] | None) -> Retrying:
     return retrying.copy(sleep=sleep) if sleep else retrying
 
 
-def _asks_for_long(state: RetryCallState) -> bool:
-    return (_wish(state) or 0.0) > LONGEST_WAIT_SECONDS
+def _enough(state: RetryCallState) -> bool:
+    """Tried often enough, or asked to wait for longer than a pass should last."""
+    return state.attempt_number >= ATTEMPTS or (_wish(state) or 0.0) > LONGEST_WAIT_SECONDS
 
 
 def _wait(state: RetryCallState) -> float:

@@ -36,6 +36,7 @@ from kbsync.plan import Plan, check_edits, check_guard, make_plan
 from kbsync.policy import Policy
 from kbsync.progress import Progress, silent
 from kbsync.resolve import resolve
+from kbsync.versions.files import sweep_temporary
 from kbsync.versions.store import VersionStore, named
 
 __all__ = ["Reconciler", "Report", "open_workspace"]
@@ -105,6 +106,13 @@ class Reconciler:
     user: str
     progress: Progress = silent
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def recover(self) -> None:
+        """What a process that ended in the middle left behind: its runs are over, its temporary files go. For the
+        holder of the writer lock, before it does anything else."""
+        with self.ledger.write() as db:
+            db.interrupt_runs("interrupted: the process ended; the next pass plans it again")
+        sweep_temporary(self.workspace.data)
 
     def line(self) -> Line:
         """The line of versions of the model that kbsync.yaml names."""
@@ -360,7 +368,7 @@ class Reconciler:
                 line.settings_digest,
                 batch.head,
                 run_id=report.run_id,
-                reasons=outcome.rejected,
+                reason="; ".join(outcome.rejected),
             )
             for hold in outcome.held:
                 db.hold(line.model, hold, run_id=report.run_id)

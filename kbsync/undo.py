@@ -143,16 +143,14 @@ def _revert(line: Line, keep: Mapping[FactKey, Applied], reason: str) -> dict[st
         now = db.applied(line.model, db.head(line.model))
         holds, releases = holds_after(now, keep, db.facts(), reason="revert", evidence=reason)
     edit = Edit("revert", run_id, keep, holds=holds, releases=releases, reason=reason)
-    status, message = "failed", ""
     try:
         outcome = line.make(edit, gate=None)
-        status, message = "done", reason
     except KbsyncError as error:
-        status, message = "cancelled" if isinstance(error, Cancelled) else "failed", error.message
-        raise
-    finally:
         with line.ledger.write() as db:
-            db.finish_run(run_id, status, message)
+            db.finish_run(run_id, "cancelled" if isinstance(error, Cancelled) else "failed", error.message)
+        raise
+    with line.ledger.write() as db:
+        db.finish_run(run_id, "done", reason)
     return {
         "run": run_id,
         "version": outcome.version,
