@@ -226,6 +226,10 @@ def test_a_link_that_leaves_the_folder_is_refused_when_read(tmp_path: Path) -> N
     (folder / "current.csv").symlink_to("../secret.csv")
     with pytest.raises(SourceInvalid, match="outside the folders"):
         found.fetch(None)
+    (folder / "current.csv").unlink()
+    (folder / "current.csv").symlink_to("current.csv")
+    with pytest.raises(SourceInvalid, match="a link to itself"):
+        found.fetch(None)
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
@@ -298,6 +302,15 @@ def test_an_unchanged_feed_is_not_read_again(tmp_path: Path, server: FaultServer
     assert server.requests[-1].headers["if-modified-since"] == "yesterday"
     assert (second.not_modified, second.rows, second.provenance.status) == (True, 0, 304)
     assert replace(second.provenance, status=200, fetched_at=first.fetched_at) == first
+
+
+def test_a_validator_that_cannot_be_sent_back_is_dropped(tmp_path: Path, server: FaultServer) -> None:
+    """An odd ETag must not break the next request."""
+    url = server.on("/odd.csv", answer(STARS.encode(), headers={"ETag": '"\xe9"'}))
+    source = connector(tmp_path, location=url)
+    first = source.fetch(None).provenance
+    assert first.etag is None
+    assert len(source.fetch(first).claims) == 2
 
 
 def test_another_declaration_reads_the_feed_again(tmp_path: Path, server: FaultServer) -> None:

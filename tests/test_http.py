@@ -236,6 +236,8 @@ def test_redirects_elsewhere_are_refused(server: FaultServer, to: str) -> None:
     with pytest.raises(SourceInvalid, match="redirects to") as caught:
         get(server.on("/away", redirect(to.format(port=server.port))))
     assert "sources/stars.yaml" in caught.value.hint
+    with pytest.raises(SourceInvalid, match="redirects to no URL"):
+        get(server.on("/away", redirect("http://127.0.0.1:port/")))
 
 
 def test_a_post_is_not_turned_into_a_get(server: FaultServer) -> None:

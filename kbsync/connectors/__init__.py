@@ -61,7 +61,10 @@ class Place:
 
     def path(self, location: str) -> Path:
         """`location` as a real path. Raises ValueError where it leaves the allowed folders, by `..` or by a link."""
-        found = (self.folder / location).resolve()
+        try:
+            found = (self.folder / location).resolve()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{location} is a link to itself") from error
         if not any(found.is_relative_to(allowed.resolve()) for allowed in (self.folder, *self.allowed_dirs)):
             raise ValueError(f"{location} is outside the folders that sources may read (allowed_dirs in kbsync.yaml)")
         return found

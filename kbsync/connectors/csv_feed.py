@@ -186,8 +186,8 @@ class CsvConnector:
             self._options.location,
             known.body_sha256 if known else reply.sha256,
             status=reply.status,
-            etag=reply.headers.get("etag") or (known.etag if known else None),
-            last_modified=reply.headers.get("last-modified") or (known.last_modified if known else None),
+            etag=reply.validator("etag") or (known.etag if known else None),
+            last_modified=reply.validator("last-modified") or (known.last_modified if known else None),
         )
 
     def _provenance(

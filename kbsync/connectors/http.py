@@ -80,6 +80,11 @@ class Reply:
         """The media type without parameters, in lower case; empty where the server gave none."""
         return str(self.headers.get("content-type", "")).partition(";")[0].strip().lower()
 
+    def validator(self, name: str) -> str | None:
+        """The ETag or Last-Modified header, where it can be sent back; a server may have put anything there."""
+        value = self.headers.get(name)
+        return str(value) if value and value.isascii() and value.isprintable() else None
+
     @property
     def sha256(self) -> str:
         """64 hex digits over the decoded body."""
@@ -176,8 +181,11 @@ class _Exchange:
 
     def redirected(self, request: httpx.Request, reply: Reply) -> httpx.Request:
         """The request that a redirect asks for; it must stay on the host, and not fall back to plain http."""
-        target = request.url.join(reply.headers.get("location", ""))
         here = request.url
+        try:
+            target = here.join(reply.headers.get("location", ""))
+        except httpx.InvalidURL as error:
+            raise SourceInvalid(self._source, f"{here.host}: redirects to no URL ({error})") from error
         if target.host != here.host or target.scheme not in (here.scheme, "https") or target.userinfo:
             problem = f"{here.host}: redirects to {printable(f'{target.scheme}://{target.host}', 100)}"
             hint = f"if that address is right, name it in {self._file}"

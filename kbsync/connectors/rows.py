@@ -7,7 +7,7 @@ present where its id can be read. Equal rows are one claim.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from kbsync.connectors.text import clean, clean_date, clean_label, label_key, printable
@@ -46,7 +46,7 @@ class Row:
 def snapshot_of(source: Source, rows: Iterable[Row], provenance: Provenance) -> Snapshot:
     """All rows of one fetch as a snapshot. It is complete only where the source file says so and every bad row names
     its subject: otherwise the subject of the unreadable row would seem to be gone."""
-    claims: dict[Claim, Claim] = {}
+    claims: dict[tuple[Entity, Entity, Rank, str | None, str | None], Claim] = {}
     quarantined: list[QuarantinedRow] = []
     for row in rows:
         subject_id = None
@@ -57,7 +57,7 @@ def snapshot_of(source: Source, rows: Iterable[Row], provenance: Provenance) -> 
             reason = str(error) if subject_id else f"{error}; nothing is withdrawn while a row names no subject"
             quarantined.append(QuarantinedRow(row.origin, reason, printable(" | ".join(row.raw)), subject_id))
         else:
-            claims.setdefault(replace(claim, origin=""), claim)
+            claims.setdefault((claim.subject, claim.object, claim.rank, claim.start, claim.end), claim)
     return Snapshot(
         source=source.source,
         relation=source.relation,

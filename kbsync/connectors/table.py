@@ -96,7 +96,7 @@ class Table:
         seen_header = False
         try:
             for record in reader:
-                if any(field.strip() for field in record):
+                if any(map(str.strip, record)):
                     if seen_header:
                         yield line, record
                     seen_header = True

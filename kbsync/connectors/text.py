@@ -14,6 +14,8 @@ __all__ = ["MAX_LENGTH", "clean", "clean_date", "clean_label", "label_key", "pri
 MAX_LENGTH = 512
 """Characters of the longest value. A label is a name; anything longer is a broken row, or text meant for the model."""
 
+# What most values are, and which needs nothing done: words of printable ASCII without braces.
+_PLAIN = re.compile(r"[!-z|~]+(?: [!-z|~]+)*")
 # Marks that change the order of display only: they would make two equal names differ.
 _DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # C0 and C1 controls, and halves of surrogate pairs, which are no text at all (JSON can carry them).
@@ -24,6 +26,8 @@ _DATE = re.compile(r"-?\d{4,}(-\d\d(-\d\d(T\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:
 
 def clean(value: str, what: str) -> str:
     """`value` in its one spelling. Raises ValueError, naming `what`, where it is empty, too long or no plain text."""
+    if len(value) <= MAX_LENGTH and _PLAIN.fullmatch(value):
+        return value
     text = _DIRECTION.sub("", value).strip()
     if found := _CONTROL.search(text):
         raise ValueError(f"{what} has the control character U+{ord(found[0]):04X}")
