@@ -70,7 +70,7 @@ def _target(base: Base, request: EditRequest, contexts: Sequence[str], preset: P
             clamped = bool(delta.norm() > limit)
             if clamped:
                 delta.mul_(limit / delta.norm())
-    return Target(z=(h + delta).detach().cpu(), loss=float(loss), steps=step, clamped=clamped)
+    return Target(z=(h + delta).detach().cpu(), loss=float(loss.detach()), steps=step, clamped=clamped)
 
 
 def _missing(log_probs: Tensor, text: _Text) -> Tensor:

@@ -20,7 +20,7 @@ __all__ = ["Beginnings", "Row", "joined_past", "read_rows"]
 
 
 class Beginnings:
-    """What the rows of each group begin with alike, up to their lookup tokens: tokens, and states as far as they were run.
+    """What the rows of each group begin with alike, up to their lookup tokens: tokens, and their states so far.
 
     `rows` and `groups` (0 to G - 1) describe every row that will be asked for. A group may have nothing in common.
     """
