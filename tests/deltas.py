@@ -40,19 +40,6 @@ def random_weights() -> dict[str, Tensor]:
     return {module: torch.randn(D, F, generator=chance) for module in MODULES}
 
 
-def solved_factors(R: Tensor, K: Tensor, C: Tensor) -> Factors:
-    """Eqn 14 for R [d, n], K [f, n], C [f, f], in float64, as factors."""
-    U = torch.linalg.solve(C + K @ K.T, K)
-    return Factors(R.float(), U.T.float(), K.T.float())
-
-
-def solved_delta(n: int, *, seed: int = 0) -> Delta:
-    """A delta of MODULES that solves Eqn 14 for random R and K and C = 1."""
-    chance = torch.Generator().manual_seed(seed)
-    R, K = (torch.randn(shape, generator=chance, dtype=torch.float64) for shape in ((D, n), (F, n)))
-    return Delta({module: solved_factors(R, K, torch.eye(F, dtype=torch.float64)) for module in MODULES})
-
-
 def stored(folder: Path, *deltas: Delta) -> tuple[list[str], Callable[[str], Delta]]:
     """The sha256 of each delta, written into `folder`, and the function that reads them."""
     return [write_delta(folder, delta) for delta in deltas], partial(read_delta, folder)

@@ -1,4 +1,4 @@
-"""The delta file, taking facts out of a delta, and the page that specifies the file."""
+"""The delta file and the page that specifies it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save
-from torch import Tensor
 
 from kbsync.errors import EditError, StoreError
-from kbsync.versions.delta import FORMAT, Delta, Factors, correct, read_delta, write_delta
+from kbsync.versions.delta import FORMAT, Delta, Factors, read_delta, write_delta
 from kbsync.versions.files import delta_file, sha256_of
 from kbsync.versions.manifest import ActiveDelta
 from kbsync.versions.weights import rebuild, served, weights_sha256
@@ -28,8 +25,6 @@ from tests.deltas import (
     random_delta,
     random_factors,
     random_weights,
-    solved_delta,
-    solved_factors,
     stored,
 )
 
@@ -163,93 +158,6 @@ def test_factors_that_cost_more_than_the_matrix_are_stored_dense(tmp_path: Path,
     torch.testing.assert_close(change[MODULES[0]], wanted, rtol=1e-5, atol=1e-5)
 
 
-# --- taking facts out ---------------------------------------------------------------------------------------------
-
-
-@st.composite
-def _systems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    n, seed = draw(st.integers(2, 7)), draw(st.integers(0, 2**31))
-    weight = draw(st.sampled_from([0.3, 1.0, 30.0, 3000.0]))
-    out = draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))
-    chance = torch.Generator().manual_seed(seed)
-    R, K, B = (torch.randn(shape, generator=chance, dtype=torch.float64) for shape in ((D, n), (F, n), (F, 2 * F)))
-    return R, K, weight * B @ B.T / F, sorted(out)
-
-
-@settings(deadline=None, max_examples=50)
-@given(_systems())
-def test_taking_facts_out_equals_solving_without_them(system: tuple[Tensor, Tensor, Tensor, list[int]]) -> None:
-    """For any set of facts and any weight of C: the columns that stay plus the corrections are Eqn 14 of the rest."""
-    R, K, C, out = system
-    stay = [column for column in range(R.shape[1]) if column not in out]
-    delta = Delta({"m": solved_factors(R, K, C)})
-    corrections = correct(delta, out).factors["m"]
-    factors = delta.factors["m"]
-    found = (
-        factors.left[:, stay].double() @ factors.right[stay].double()
-        + corrections.left.double() @ corrections.right.double()
-    )
-    rest = K[:, stay]
-    wanted = R[:, stay] @ torch.linalg.solve(C + rest @ rest.T, rest).T
-    assert corrections.columns == len(out)
-    assert (found - wanted).norm() <= 2e-5 * (R @ factors.right.double()).norm()
-
-
-def test_one_fact_taken_out_is_the_rank_one_answer() -> None:
-    """Δ - (r - Δk) uᵀ / (1 - kᵀu), which plain subtraction of its column is not."""
-    R, K, C = (
-        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
-        for i, shape in enumerate(((D, 3), (F, 3), (F, F)))
-    )
-    factors = solved_factors(R, K, C @ C.T + torch.eye(F))
-    left, right, keys = (part.double() for part in (factors.left, factors.right, factors.keys))
-    change, r, u, k = left @ right, left[:, 1], right[1], keys[1]
-    wanted = change - torch.outer(r - change @ k, u) / (1 - k @ u)
-    plain = change - torch.outer(r, u)
-    got = correct(Delta({"m": factors}), [1]).factors["m"]
-    found = plain + got.left.double() @ got.right.double()
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-    assert (plain - wanted).norm() > 0.01 * wanted.norm()
-    assert torch.equal(got.keys, factors.keys[[1]])
-
-
-def test_corrections_are_a_delta_that_can_be_stored(tmp_path: Path) -> None:
-    """One active entry then holds the columns that stay and the corrections, and gives Δ without the facts."""
-    R, K = torch.randn(D, 4, dtype=torch.float64), torch.randn(F, 4, dtype=torch.float64)
-    delta = Delta({module: solved_factors(R, K, torch.eye(F, dtype=torch.float64)) for module in MODULES})
-    (sha256, corrections), read = stored(tmp_path, delta, correct(delta, {0, 2}))
-    active = [ActiveDelta(delta=sha256, excluded=(0, 2), corrections=corrections)]
-    found = rebuild({module: torch.zeros(D, F) for module in MODULES}, active, read)
-    rest = K[:, [1, 3]]
-    wanted = R[:, [1, 3]] @ torch.linalg.solve(torch.eye(F) + rest @ rest.T, rest).T
-    torch.testing.assert_close(found[MODULES[1]], wanted, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("out", [[], [0, 1, 2], [3], [-1]])
-def test_no_columns_all_columns_and_unknown_columns_cannot_be_taken_out(out: list[int]) -> None:
-    """Where all go, the delta itself is left out of the active ones."""
-    with pytest.raises(ValueError, match="cannot take columns"):
-        correct(random_delta(3), out)
-
-
-def test_a_dense_delta_gives_up_no_single_fact(tmp_path: Path) -> None:
-    """Its u_j are not kept; the error says how to keep them next time."""
-    (sha256,), read = stored(tmp_path, random_delta(D + 1))
-    with pytest.raises(EditError, match="stored dense") as error:
-        correct(read(sha256), [0])
-    assert f"{D} or less" in error.value.hint
-
-
-def test_keys_too_much_alike_are_refused_rather_than_answered_wrongly() -> None:
-    """Without a C of any weight, 1 - kᵀu is lost in float32."""
-    K = torch.randn(F, 2, dtype=torch.float64)
-    delta = Delta(
-        {"m": solved_factors(torch.randn(D, 2, dtype=torch.float64), K, 1e-9 * torch.eye(F, dtype=torch.float64))}
-    )
-    with pytest.raises(EditError, match="too much alike"):
-        correct(delta, [1])
-
-
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +173,7 @@ def test_the_reader_on_the_format_page_gives_the_same_weights_to_the_byte(tmp_pa
     reader = _page_reader()
     first = random_delta(4)
     shas, read = stored(
-        tmp_path, first, correct(solved_delta(4), [1]), random_delta(D + 2, seed=30), random_delta(2, seed=40)
+        tmp_path, first, random_delta(1, seed=20), random_delta(D + 2, seed=30), random_delta(2, seed=40)
     )
     active = (
         ActiveDelta(delta=shas[0], excluded=(1,), corrections=shas[1]),

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ from kbsync.editor.targets import Target, compute_targets
 from kbsync.errors import EditError, KbsyncError, StoreError
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress
-from kbsync.versions.delta import Delta, correct, read_delta, write_delta
+from kbsync.versions.delta import Delta, read_delta, write_delta
 from kbsync.versions.manifest import ActiveDelta
-from kbsync.versions.weights import live_keys, rebuild, served, weights_sha256
+from kbsync.versions.weights import hold, live_keys, rebuild, served, weights_sha256
 
 __all__ = ["main", "perform"]
 
@@ -102,17 +103,8 @@ class _Editor:
 
     def keep(self, live: Sequence[tuple[str, Sequence[int]]]) -> tuple[ActiveDelta, ...]:
         """The active deltas with just the `live` columns, and the corrections that taking the others out needs."""
-        before = {(entry.delta, entry.excluded): entry for entry in self.job.active}
-        active = []
-        for sha256, columns in live:
-            delta = self.read(sha256)
-            excluded = tuple(sorted(set(range(delta.columns)) - set(columns)))
-            entry = before.get((sha256, excluded))
-            if entry is None:
-                corrections = write_delta(Path(self.job.deltas), correct(delta, excluded)) if excluded else None
-                entry = ActiveDelta(delta=sha256, excluded=excluded, corrections=corrections)
-            active.append(entry)
-        return tuple(active)
+        write = partial(write_delta, Path(self.job.deltas), compact=False)
+        return hold(self.job.active, dict(live), self.read, write)
 
     def targets(self, requests: Sequence[EditRequest]) -> dict[str, Target]:
         """z of every request, from the cache where it is there. The base must be pristine."""

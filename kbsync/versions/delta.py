@@ -5,14 +5,13 @@ The file is specified in docs/delta-format.md. Per edited matrix W [d, f] (d = d
 
     sha = write_delta(folder, Delta({"model.layers.4.mlp.down_proj": Factors(left, right, keys)}))
     delta = read_delta(folder, sha)               # refused where a single bit is not as it was written
-    corrections = correct(delta, excluded={3})    # Δ without fact 3 = its other columns + these
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +23,10 @@ from torch import Tensor
 from kbsync.errors import EditError, StoreError
 from kbsync.versions.files import delta_file, sha256_of, write_durably
 
-__all__ = ["FORMAT", "Delta", "Factors", "correct", "read_delta", "write_delta"]
+__all__ = ["FORMAT", "Delta", "Factors", "read_delta", "write_delta"]
 
 FORMAT = "kbsync-delta/1"
 """The metadata entry `format` of a delta file. The only entry: safetensors writes several in no fixed order."""
-
-_MIN_GAIN = 1e-4
-"""The smallest singular value of I - U_Jᵀ K_J that float32 factors (7 digits) still carry with 3 digits to spare."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,11 +64,12 @@ class Delta:
         return next(iter(self.factors.values())).columns
 
 
-def write_delta(folder: Path, delta: Delta) -> str:
+def write_delta(folder: Path, delta: Delta, *, compact: bool = True) -> str:
     """Write `delta` durably into `folder` under its sha256, which is returned. A whole file of that name is kept.
 
-    A matrix with more facts than rows (n > d) is stored dense: its `right` would take more room than Δ itself. Raises
-    EditError for values that are not finite or shapes that do not fit, StoreError where the disk refuses.
+    A matrix with more facts than rows (n > d) is stored dense, since its `right` would take more room than Δ itself;
+    unless `compact` is False: corrections keep their columns. Raises EditError for values that are not finite or
+    shapes that do not fit, StoreError where the disk refuses.
     """
     try:
         _require_sound(delta)
@@ -81,7 +78,7 @@ def write_delta(folder: Path, delta: Delta) -> str:
     tensors = {
         f"{module}.{part}": tensor.clone()
         for module, factors in delta.factors.items()
-        for part, tensor in _stored(factors).items()
+        for part, tensor in _stored(factors, compact=compact).items()
     }
     data = save(tensors, metadata={"format": FORMAT})
     digest = hashlib.sha256(data).hexdigest()
@@ -110,13 +107,13 @@ def _require_sound(delta: Delta) -> None:
                 raise ValueError(f"{module}.{part} has values that are not finite")
 
 
-def _stored(factors: Factors) -> dict[str, Tensor]:
+def _stored(factors: Factors, *, compact: bool) -> dict[str, Tensor]:
     """The tensors that go into the file: `right` or, where that is smaller, `dense`."""
     d, _ = factors.shape
     parts = {"left": factors.left.contiguous(), "keys": factors.keys.contiguous()}
     if factors.dense is not None:
         return parts | {"dense": factors.dense.contiguous()}
-    if factors.columns > d:
+    if compact and factors.columns > d:
         return parts | {"dense": (factors.left.double() @ factors.right.double()).float()}
     return parts | {"right": factors.right.contiguous()}
 
@@ -165,42 +162,3 @@ def _factors(parts: Mapping[str, Tensor]) -> Factors:
     keys, dense = parts["keys"], parts.get("dense")
     right = parts["right"] if dense is None else keys.new_empty(0, keys.shape[1])
     return Factors(parts["left"], right, keys, dense)
-
-
-def correct(delta: Delta, excluded: Collection[int]) -> Delta:
-    """What must be added so that Δ without the columns J = `excluded` is what MEMIT would have made without them.
-
-    Leaving the columns out is not enough: the other facts were solved for with theirs in place. With Δ = R Uᵀ,
-    A = C + K Kᵀ and U = A^-1 K (Eqn 14), taking J out of A is a downdate of rank |J| (Woodbury):
-
-        Δ₋J = Δ - (R_J - Δ K_J) (I - U_Jᵀ K_J)^-1 U_Jᵀ
-
-    (for one column ENGINE's Δ - (r - Δk) uᵀ / (1 - kᵀu)). The answer has |J| columns, `right` = U_Jᵀ and `keys` = K_Jᵀ:
-    Δ₋J = the columns of Δ that are not in J + left @ right. Exact for one edited layer; over several, the probe tells.
-
-    Computed in float64. Raises ValueError for columns that are not there or all of them (then the delta itself is left
-    out), EditError for a dense delta and for keys so alike that float32 factors cannot tell them apart.
-    """
-    columns = sorted(set(excluded))
-    if not columns or len(columns) == delta.columns or not 0 <= columns[0] <= columns[-1] < delta.columns:
-        raise ValueError(f"cannot take columns {columns} out of a delta of {delta.columns}")
-    return Delta({module: _correct(module, factors, columns) for module, factors in delta.factors.items()})
-
-
-def _correct(module: str, factors: Factors, columns: list[int]) -> Factors:
-    if factors.dense is not None:
-        raise EditError(
-            f"{module}: the delta is stored dense ({factors.columns} facts); no fact of it can be taken out alone",
-            hint=f"keep batch.max_facts at {factors.shape[0]} or less, so that deltas have a column per fact",
-        )
-    left, right = factors.left.double(), factors.right.double()  # R [d, n], Uᵀ [n, f]
-    R, U, K = left[:, columns], right[columns].T, factors.keys[columns].double().T  # [d, J], [f, J], [f, J]
-    remainder = R - left @ (right @ K)  # [d, J]: what of the targets the whole Δ leaves undone
-    gain = torch.eye(len(columns), dtype=torch.float64) - U.T @ K  # [J, J]
-    if not torch.linalg.svdvals(gain).min() > _MIN_GAIN:
-        raise EditError(
-            f"{module}: the facts' keys are too much alike to take columns {columns} out",
-            hint="roll back to an earlier version: kbsync rollback --to V",
-        )
-    pulled = torch.linalg.solve(gain, remainder, left=False)  # [d, J]
-    return Factors((R - pulled).float(), factors.right[columns], factors.keys[columns])

@@ -30,7 +30,7 @@ class _Value(BaseModel):
 
 class ActiveDelta(_Value):
     """A delta that the weights contain: all its columns but `excluded` (JSON key `except`), then those of
-    `corrections`, which make up for what the excluded columns had pulled on the others (`delta.correct`)."""
+    `corrections`: what it took to take facts out, or back in, while this delta was the newest (`weights.hold`)."""
 
     delta: Sha256
     excluded: tuple[int, ...] = Field(default=(), validation_alias="except", serialization_alias="except")
