@@ -1,15 +1,32 @@
-"""Column types that mean the same in SQLite and PostgreSQL: UTC times, JSON values, flags."""
+"""What the tables are made of: column types that mean the same in SQLite and PostgreSQL, and short words for SQLModel's
+declarations."""
 
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
-from sqlalchemy import Boolean, DateTime, Dialect, Integer, Text
+from sqlalchemy import Boolean, CheckConstraint, DateTime, Dialect, Index, Integer, MetaData, Text, column
+from sqlalchemy.orm import declared_attr
 from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlmodel import Field, SQLModel
 
-__all__ = ["Flag", "Json", "UtcTime"]
+__all__ = [
+    "Flag",
+    "Json",
+    "LedgerTable",
+    "UtcTime",
+    "flag",
+    "json_value",
+    "key",
+    "live_index",
+    "one_of",
+    "refers",
+    "text",
+    "time",
+]
 
 _ISO = "%Y-%m-%dT%H:%M:%S.%fZ"
 
@@ -80,3 +97,65 @@ class Flag(TypeDecorator[bool]):
     def process_result_value(self, value: Any, _dialect: Dialect) -> bool | None:
         """True or False."""
         return None if value is None else bool(value)
+
+
+NAMING = {
+    "pk": "pk_%(table_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+}
+"""Every constraint has a name, so that later migrations can alter it."""
+
+
+class LedgerTable(SQLModel):
+    """A table named as its class is (`StagedSnapshot`: `staged_snapshot`), STRICT in SQLite."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    __table_args__: ClassVar[Any] = {"sqlite_strict": True}
+
+    @declared_attr  # type: ignore[arg-type]  # SQLModel declares a method where SQLAlchemy means a class attribute
+    def __tablename__(cls) -> str:  # noqa: N805  # a class attribute, see above
+        """The class's name in snake case."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+def key() -> Any:
+    """An id that the database counts up."""
+    return Field(default=None, primary_key=True)
+
+
+def text(**options: Any) -> Any:
+    """Text."""
+    return Field(sa_type=Text, **options)
+
+
+def time() -> Any:
+    """A UTC time."""
+    return Field(sa_type=UtcTime)
+
+
+def json_value() -> Any:
+    """A JSON value."""
+    return Field(sa_type=Json)
+
+
+def flag() -> Any:
+    """Yes or no."""
+    return Field(sa_type=Flag)
+
+
+def refers(target: str) -> Any:
+    """The id of a row of another table."""
+    return Field(foreign_key=f"{target}.id")
+
+
+def one_of(name: str, *values: str) -> CheckConstraint:
+    """CHECK: nothing but these values."""
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{name} IN ({listed})", name=name)
+
+
+def live_index(name: str, end: str, *columns: str, unique: bool = True) -> Index:
+    """An index over the rows that have not ended; UNIQUE: at most one of them."""
+    where = column(end).is_(None)
+    return Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 
 from kbsync.facts import Change, ChangeKind, Conflict, Entity, Fact, FactKey
 from kbsync.ledger import schema
@@ -65,8 +65,10 @@ class FactReader(Session):
     def _rows(self, *which: ColumnElement[bool], order: tuple[ColumnElement[Any], ...]) -> list[FactRow]:
         table, fetch = schema.fact, schema.fetch
         newest = (
-            select(func.max(fetch.c.id))
+            select(fetch.c.id)
             .where(fetch.c.source == table.c.source, fetch.c.recorded_at <= table.c.since)
+            .order_by(fetch.c.recorded_at.desc())
+            .limit(1)
             .correlate(table)
             .scalar_subquery()
         )

@@ -70,6 +70,7 @@ def _sources() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_fetch"),
         sqlite_strict=True,
     )
+    op.create_index("fetch_by_time", "fetch", ["source", "recorded_at"])
     op.create_index("fetch_of_source", "fetch", ["source", "number"], unique=True)
     op.create_table(
         "claim",
