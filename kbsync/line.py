@@ -26,7 +26,7 @@ from kbsync.errors import BaseMismatch, Cancelled
 from kbsync.facts import Applied, FactKey, Hold
 from kbsync.gate import shortfalls
 from kbsync.hub import ModelFolder, fingerprint, model_id, resolve_model
-from kbsync.ledger import Ledger
+from kbsync.ledger import Ledger, Reader
 from kbsync.ledger.records import PublishedVersion
 from kbsync.plan import PlannedEdit
 from kbsync.policy import Gate
@@ -128,7 +128,8 @@ class Line:
             row = db.version(self.model, head)
             active = db.active(self.model, head)
             applied = db.applied(self.model, head)
-        job = self._job(edit, active, applied, row.weights_sha256)
+            same = None if edit.edits else self._same(db, edit.keep)
+        job = self._job(edit, active, applied, row.weights_sha256).model_copy(update={"same": same})
         result = run_edit(job, progress=self.progress, cancelled=self.cancelled)
         held = self._held(edit, result, applied)
         if result.weights_sha256 == (row.weights_sha256 or result.base_weights_sha256):
@@ -138,6 +139,15 @@ class Line:
             return Outcome(result, None, held, tuple(reasons))
         number = self._publish(edit, result, held, head)
         return Outcome(result, number, held)
+
+    def _same(self, db: Reader, keep: Mapping[FactKey, Applied]) -> tuple[ActiveDelta, ...] | None:
+        """The active deltas of an earlier version that holds just the columns `keep`: its very weights come back."""
+        wanted = {(fact.delta, fact.column) for fact in keep.values()}
+        for version in reversed(db.versions(self.model)):
+            held = db.applied(self.model, version.number).values()
+            if {(fact.delta, fact.column) for fact in held} == wanted:
+                return tuple(db.active(self.model, version.number))
+        return None
 
     def _job(
         self,

@@ -179,11 +179,14 @@ def _say_plan(plan: dict[str, Any]) -> None:
     say(f"  plan on version {plan['head']}: {len(edits)} edits, {len(retractions)} retractions")
     for edit in edits[:SHOWN_EDITS]:
         before = f" (was {edit['before']})" if edit["before"] else ""
-        say(f"    {edit['kind']:<11} {escape(edit['prompt'])} [bold]{escape(edit['target'])}[/]{escape(before)}")
+        request = edit["request"]
+        say(f"    {edit['kind']:<11} {escape(request['prompt'])} [bold]{escape(request['target'])}[/]{escape(before)}")
     if len(edits) > SHOWN_EDITS:
         say(f"    … and {len(edits) - SHOWN_EDITS} more (--json lists all)")
     for gone in retractions[:SHOWN_EDITS]:
-        say(f"    retract     {escape(gone['relation'])} of {escape(gone['subject'])}: {escape(gone['target'])}")
+        say(f"    retract     {escape(gone['relation'])} of {escape(gone['subject_id'])}: {escape(gone['target'])}")
+    for no in plan["blocked"]:
+        say(f"    [yellow]blocked[/]     {escape(no['relation'])} of {escape(no['subject_id'])}: {escape(no['reason'])}")
 
 
 def _say_held(done: dict[str, Any]) -> None:

@@ -46,6 +46,8 @@ class EditJob(_Value):
     weights_sha256: str | None
     live: tuple[tuple[str, tuple[int, ...]], ...]
     """The columns to keep, delta by delta in the order in which they are added up; all others are left out."""
+    same: tuple[ActiveDelta, ...] | None = None
+    """Active deltas known to hold just the `live` columns: taken as they are where no request is added."""
     supersedes: dict[str, tuple[str, int]] = {}
     """Digest of a request -> the live (delta, column) that it replaces: left out if, and only if, the request stays."""
     requests: tuple[dict[str, Any], ...]

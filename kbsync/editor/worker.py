@@ -103,6 +103,8 @@ class _Editor:
 
     def keep(self, live: Sequence[tuple[str, Sequence[int]]]) -> tuple[ActiveDelta, ...]:
         """The active deltas with just the `live` columns, and the corrections that taking the others out needs."""
+        if self.job.same is not None:
+            return self.job.same
         write = partial(write_delta, Path(self.job.deltas), compact=False)
         return hold(self.job.active, dict(live), self.read, write)
 
