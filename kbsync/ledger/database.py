@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, StatementError
 from sqlalchemy.schema import CreateTable, DropTable
 
 from kbsync.errors import Busy, KbsyncError, LedgerError, UsageError
@@ -142,7 +142,7 @@ def translated(place: str) -> Iterator[None]:
         yield
     except KbsyncError:
         raise
-    except (DBAPIError, sqlite3.Error) as error:
+    except (StatementError, sqlite3.Error) as error:
         cause = str(getattr(error, "orig", None) or error)
         if "locked" in cause:
             seconds = BUSY_TIMEOUT // 1000

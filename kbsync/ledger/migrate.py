@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, column, inspect, select, table
 
 from kbsync.errors import LedgerError
 from kbsync.ledger import database
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 __all__ = ["REVISION", "migrate"]
 
@@ -26,9 +30,11 @@ def migrate(engine: Engine, place: str) -> Path | None:
         _refuse_foreign(connection, found, place)
     if found == REVISION:
         return None
+    config = _config()
+    _refuse_newer(config, found, place)
     copy = _backup(engine, found) if found is not None else None
     with database.writing(engine) as connection:
-        _upgrade(connection, place)
+        _upgrade(config, connection)
         connection.commit()
     return copy
 
@@ -58,16 +64,25 @@ def _backup(engine: Engine, revision: str) -> Path | None:
     return target
 
 
-def _upgrade(connection: Connection, place: str) -> None:
-    from alembic import command
+def _config() -> Config:
     from alembic.config import Config
-    from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", "kbsync.ledger:migrations")
     config.set_main_option("path_separator", "os")
+    return config
+
+
+def _refuse_newer(config: Config, revision: str | None, place: str) -> None:
+    from alembic.script import ScriptDirectory
+
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if revision is not None and revision not in known:
+        raise LedgerError(f"{place}: has schema {revision}, this kbsync knows {REVISION}", hint="upgrade kbsync")
+
+
+def _upgrade(config: Config, connection: Connection) -> None:
+    from alembic import command
+
     config.attributes["connection"] = connection
-    try:
-        command.upgrade(config, "head")
-    except CommandError as error:
-        raise LedgerError(f"{place}: was written by a newer kbsync ({error})", hint="upgrade kbsync") from error
+    command.upgrade(config, "head")

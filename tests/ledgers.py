@@ -1,0 +1,129 @@
+"""Real ledgers for tests: a SQLite file in the test's folder, a clock that the test turns, short words for values."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from kbsync.facts import Applied, Claim, Conflict, EditRequest, Entity, Fact, FactKey, Provenance, Snapshot
+from kbsync.ledger import Ledger, PublishedVersion
+from kbsync.versions.manifest import ActiveDelta
+
+RELATION = "constellation"
+MODEL = "tiny-0123456789ab"
+NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
+
+
+class Clock:
+    """A clock that stands still until it is turned."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def turn(self, **by: float) -> datetime:
+        """Later (or earlier) by a timedelta's arguments; the new time."""
+        self.now += timedelta(**by)
+        return self.now
+
+
+def url(folder: Path) -> str:
+    """The ledger's URL in a folder."""
+    return f"sqlite:///{folder / 'ledger.db'}"
+
+
+@contextmanager
+def opened(folder: Path, clock: Clock | None = None) -> Iterator[Ledger]:
+    """The ledger in a folder, created where it is not there."""
+    with Ledger.open(url(folder), clock=clock or Clock()) as ledger:
+        yield ledger
+
+
+def dump(folder: Path) -> list[str]:
+    """Everything in the ledger as SQL: what a byte for byte comparison of the contents looks at."""
+    with closing(sqlite3.connect(folder / "ledger.db")) as connection:
+        return list(connection.iterdump())
+
+
+def claim(subject: str, object_: str, origin: str = "line 2", **more: Any) -> Claim:
+    """`feed` says that `subject` belongs to `object_`; names are ids and labels in one."""
+    return Claim(
+        "feed", RELATION, Entity(f"feed:{subject}", subject), Entity(f"feed:{object_}", object_), origin, **more
+    )
+
+
+def claims(**objects: str) -> list[Claim]:
+    """One claim per subject, in the rows of a file."""
+    return [claim(subject, object_, f"line {row}") for row, (subject, object_) in enumerate(objects.items(), 2)]
+
+
+def snapshot(*said: Claim, source: str = "feed", **more: Any) -> Snapshot:
+    """What a source said in one fetch."""
+    provenance = more.pop("provenance", None) or Provenance("feed.csv", NOON, 200, "ab" * 32, etag='"1"')
+    return Snapshot(source, RELATION, provenance, said, **more)
+
+
+def fact(subject: str, object_: str, **more: Any) -> Fact:
+    """The fact that follows from `claim(subject, object_)`."""
+    said = claim(subject, object_)
+    values = {"source": said.source, "origin": said.origin} | more
+    return Fact(RELATION, said.subject, said.object, **values)
+
+
+def facts(**objects: str) -> dict[FactKey, Fact]:
+    """One fact per subject."""
+    return {(one := fact(subject, object_)).key: one for subject, object_ in objects.items()}
+
+
+def key(subject: str) -> FactKey:
+    """The key of a subject."""
+    return FactKey(RELATION, f"feed:{subject}")
+
+
+def sync(ledger: Ledger, *snapshots: Snapshot, run: int | None = None) -> int:
+    """Record snapshots in a run of their own; its id."""
+    with ledger.write() as db:
+        run = run or db.start_run("astronomy", model=None, trigger="sync", user="me")
+        for one in snapshots:
+            db.record(run, one)
+        db.finish_run(run, "done")
+        return run
+
+
+def decide(ledger: Ledger, wanted: dict[FactKey, Fact], *conflicts: Conflict) -> int:
+    """Accept facts in a run of their own; its id."""
+    with ledger.write() as db:
+        run = db.start_run("astronomy", model=None, trigger="sync", user="me")
+        db.apply(run, wanted, conflicts, [RELATION])
+        db.finish_run(run, "done")
+        return run
+
+
+def register(ledger: Ledger) -> None:
+    """Let MODEL follow the ledger."""
+    with ledger.write() as db:
+        db.register_model(MODEL, name="tiny", fingerprint="f" * 64, path="/models/tiny")
+
+
+def applied(subject: str, object_: str, delta: str, column: int) -> Applied:
+    """What column `column` of `delta` teaches."""
+    request = EditRequest(key(subject), f"{subject} belongs to", subject, object_, (f"{subject} is part of",))
+    return Applied(request, f"feed:{object_}", delta, column)
+
+
+def version(number: int, parent: int, *put_in: Applied, active: list[ActiveDelta], **more: Any) -> PublishedVersion:
+    """A version as reconcile publishes it."""
+    values: dict[str, Any] = {
+        "kind": "edit",
+        "manifest_sha256": f"{number:064x}",
+        "weights_sha256": f"{number + 1000:064x}",
+        "run_id": None,
+        "user": "me",
+    }
+    return PublishedVersion(MODEL, number, parent, active=active, facts=put_in, **(values | more))
