@@ -1,13 +1,14 @@
-"""Runs stretches of a model's blocks on hidden states, after tokens whose keys and values are known already.
+"""Runs stretches of a model's blocks on packed rows: no padding, and each row after tokens that were read before.
 
-transformers' own blocks do the work; what they need beside hidden states (rotary angles, the mask, earlier keys and
-values) is given explicitly, so a row can be cut anywhere: causal attention makes that exact. A family is a small
-adapter: how tokens are embedded, what a block takes.
+transformers' own blocks do the work on all tokens of all rows as one sequence [1, N, d]; only the attention, which
+must keep rows apart, is replaced through transformers' AttentionInterface. Causal attention makes it exact to cut a
+row anywhere, so earlier tokens enter as stored keys and values. A family is a small adapter: how tokens are embedded,
+what a block takes.
 
     layers = Layers(base)
-    hidden = layers.embed(ids, past)                         # [B, T, d]
-    hidden, read = layers.read(hidden, range(0, 4), past)    # also the keys and values of these tokens
-    logits = layers.logits(layers.run(hidden, range(4, base.layers), past)[:, -1])
+    packed = Packed([3, 3, 2], Past.nothing(3, base.device), base.dtype)      # N = 8 tokens of three rows
+    hidden, read = layers.read(layers.embed(ids, packed), range(0, 4), packed)
+    logits = layers.logits(layers.run(hidden, range(4, base.layers), packed))
 """
 
 from __future__ import annotations
@@ -15,24 +16,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
 
 from kbsync.editor.model import Base
-from kbsync.errors import ModelError
 
-__all__ = ["ADAPTERS", "Layers", "Past", "inputs_of", "padded"]
+__all__ = ["ADAPTERS", "Layers", "Packed", "Past", "inputs_of"]
+
+_ATTENTION = "kbsync_packed"
+"""The name that `_attend` is registered under."""
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """Tokens read before a batch. Each row of the batch goes on from one of G beginnings.
+    """Tokens that were read before. Each row of a batch goes on from one of G beginnings.
 
     `lengths` [G] counts their tokens. `states` [layers, 2, G, heads, S, head_dim] holds keys and values from block
-    `first` on, padded on the right; None where no beginning has a token. `rows` [B] names each row's beginning; None:
-    row b goes on from beginning b.
+    `first` on, padded on the right; None before anything was read. `rows` [B] names each row's beginning; None: row b
+    goes on from beginning b.
     """
 
     lengths: Tensor
@@ -45,9 +51,26 @@ class Past:
         """The past of `rows` rows that begin at the beginning."""
         return cls(torch.zeros(rows, dtype=torch.long, device=device))
 
+    @classmethod
+    def gather(cls, parts: Sequence[Tensor], first: int) -> Past:
+        """Beginnings of these keys and values from block `first` on, each [layers, 2, tokens, heads, head_dim]."""
+        counts = [part.shape[2] for part in parts]
+        layers, both, _, heads, size = parts[0].shape
+        states = parts[0].new_zeros(layers, both, len(parts), heads, max(counts), size)
+        for index, part in enumerate(parts):
+            states[:, :, index, :, : counts[index]] = part.transpose(2, 3)
+        return cls(torch.tensor(counts, device=states.device), states, first)
+
     def of(self, rows: Tensor) -> Past:
         """The past of a batch whose rows [B] go on from these beginnings."""
         return Past(self.lengths, self.states, self.first, rows)
+
+    def part(self, start: int, stop: int) -> Past:
+        """The past of the batch's rows from `start` to `stop`."""
+        if self.rows is not None:
+            return self.of(self.rows[start:stop])
+        states = None if self.states is None else self.states[:, :, start:stop]
+        return Past(self.lengths[start:stop], states, self.first)
 
     @property
     def counts(self) -> Tensor:
@@ -60,30 +83,108 @@ class Past:
         return 0 if self.states is None else int(self.states.shape[4])
 
     def at(self, layer: int) -> Tensor | None:
-        """Keys and values [2, B, heads, S, head_dim] for block `layer`."""
-        if self.states is None:
+        """Keys and values [2, B, heads, S, head_dim] for block `layer`; None without any."""
+        if self.states is None or not self.width:
             return None
         found = self.states[layer - self.first]
         return found if self.rows is None else found[:, self.rows]
 
 
+class _Run:
+    """Rows of equal length that lie one after the other: their attention is one batch, without padding."""
+
+    def __init__(self, start: int, shape: tuple[int, int], past: Past, dtype: torch.dtype) -> None:
+        self.tokens = slice(start, start + shape[0] * shape[1])
+        self.shape = shape
+        self.past = past
+        rows, length = shape
+        device = past.lengths.device
+        self.positions = (past.counts[:, None] + torch.arange(length, device=device)).flatten()  # [B·T]
+        earlier = torch.arange(past.width, device=device) < past.counts[:, None, None]  # [B, 1, S]
+        own = torch.ones(length, length, dtype=torch.bool, device=device).tril()  # [T, T]
+        allowed = torch.cat((earlier.expand(rows, length, -1), own.expand(rows, -1, -1)), dim=2)
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+        self.mask = mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]  # [B, 1, T, S + T]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None) -> Tensor:
+        """Of this run's tokens, query [B·T, H, size] on key and value [B·T, heads, size] and the past: [B·T, H, size].
+
+        The H / heads queries of one key-value head stand below each other as more queries: nothing is repeated.
+        """
+        (rows, length), (heads, size) = self.shape, key.shape[1:]
+        share = query.shape[1] // heads
+        query = query.view(rows, length, heads, share, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        key, value = (one.view(rows, length, heads, size).transpose(1, 2) for one in (key, value))
+        if (past := self.past.at(layer)) is not None:
+            key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
+        mask = self.mask.repeat(1, 1, share, 1)  # [B, 1, share·T, S + T]
+        found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return found.unflatten(2, (share, length)).permute(0, 3, 1, 2, 4).reshape(rows * length, heads * share, size)
+
+
+class Packed:
+    """N tokens of B rows that lie one after the other, and what each row goes on from.
+
+    Neighbouring rows of equal length are attended together, so rows should come sorted by length. `starts` are the
+    rows' first tokens.
+    """
+
+    def __init__(self, lengths: Sequence[int], past: Past, dtype: torch.dtype) -> None:
+        self.starts: list[int] = []
+        self.runs: list[_Run] = []
+        token = row = 0
+        for length, group in groupby(lengths):
+            count = len(list(group))
+            if length:
+                self.runs.append(_Run(token, (count, length), past.part(row, row + count), dtype))
+            self.starts += [token + length * index for index in range(count)]
+            token, row = token + count * length, row + count
+        nothing = torch.empty(0, dtype=torch.long, device=past.lengths.device)
+        self.positions = torch.cat([nothing, *(run.positions for run in self.runs)])
+        """[N]: each token's place in its whole text."""
+
+
+class _Attention:
+    """What one run through the blocks asks of each attention, and what it keeps of it."""
+
+    def __init__(self, packed: Packed, *, keep: bool) -> None:
+        self.packed = packed
+        self.kept: list[Tensor] | None = [] if keep else None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None) -> Tensor:
+        query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # [N, heads, size]
+        if self.kept is not None:
+            self.kept.append(torch.stack((key, value)))
+        found = [
+            run.attend(query[run.tokens], key[run.tokens], value[run.tokens], layer, scaling)
+            for run in self.packed.runs
+        ]
+        return torch.cat(found)[None] if found else query[None]  # [1, N, H, size]
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: object, *, scaling: float | None = None, **more: Any
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it: query, key and value are [1, heads, N, size]."""
+    attention: _Attention = more["packed_attention"]
+    return attention(query, key, value, module.layer_idx, scaling), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
 class Adapter(Protocol):
     """What differs between families in running their blocks."""
 
-    past_argument: str
-    """The block's parameter that takes the cache."""
-
     def embed(self, base: Base, ids: Tensor, positions: Tensor) -> Tensor:
-        """The states [B, T, d] before block 0."""
+        """The states [1, N, d] before block 0 of ids and positions [1, N]."""
 
     def arguments(self, base: Base, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        """What each block takes beside states, mask and cache."""
+        """What each block takes beside the states."""
 
 
 class _Rotary:
     """Llama's shape: positions enter as rotary angles, which the model computes once for all blocks."""
-
-    past_argument = "past_key_values"
 
     def __init__(self, angles: str) -> None:
         self.angles = angles
@@ -99,8 +200,6 @@ class _Rotary:
 
 class _Learned:
     """GPT-2's shape: positions are embedded like tokens."""
-
-    past_argument = "past_key_values"
 
     def __init__(self, positions: str) -> None:
         self.positions = positions
@@ -123,45 +222,27 @@ ADAPTERS: dict[str, Adapter] = {
 """How the blocks of each family (`ModelSpec.family`) are run."""
 
 
-class _Memory:
-    """The cache as transformers' attention asks for it: it appends to the past and keeps only what is to be read."""
-
-    def __init__(self, past: Past, *, keep: bool) -> None:
-        self.past = past
-        self.kept: list[Tensor] | None = [] if keep else None
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, heads, S + T, head_dim] of all tokens so far at this block."""
-        if self.kept is not None:
-            self.kept.append(torch.stack((keys, values)))
-        if (past := self.past.at(layer_idx)) is None:
-            return keys, values
-        return torch.cat((past[0], keys), dim=2), torch.cat((past[1], values), dim=2)
-
-
 class Layers:
-    """The blocks of a base model. Raises ModelError for an attention implementation that takes no explicit mask."""
+    """The blocks of a base model, run by stretches. Hidden states are [N, d] in the model's dtype."""
 
     def __init__(self, base: Base) -> None:
-        kind = base.network.config._attn_implementation
-        if kind not in ("sdpa", "eager"):
-            raise ModelError(f"attention {kind!r} cannot be run in parts", hint="load the model with sdpa attention")
         self.base = base
         self.adapter = ADAPTERS[base.spec.family]
 
-    def embed(self, ids: Tensor, past: Past) -> Tensor:
-        """The states [B, T, d] before block 0 of token ids [B, T] that follow `past`."""
-        return self.adapter.embed(self.base, ids, _positions(ids, past))
+    def embed(self, ids: Sequence[int], packed: Packed) -> Tensor:
+        """The states before block 0 of the packed tokens."""
+        tokens = torch.tensor(ids, dtype=torch.long, device=self.base.device)
+        return self.adapter.embed(self.base, tokens[None], packed.positions[None])[0]
 
-    def run(self, hidden: Tensor, stretch: range, past: Past) -> Tensor:
-        """The states [B, T, d] after the blocks of `stretch`; padding may only stand right of a row's tokens."""
-        return self._run(hidden, stretch, _Memory(past, keep=False))
+    def run(self, hidden: Tensor, stretch: range, packed: Packed) -> Tensor:
+        """The states after the blocks of `stretch`."""
+        return self._run(hidden, stretch, _Attention(packed, keep=False))
 
-    def read(self, hidden: Tensor, stretch: range, past: Past) -> tuple[Tensor, Tensor | None]:
-        """As `run`, and these tokens' own keys and values [layers, 2, B, heads, T, head_dim] (None without any)."""
-        memory = _Memory(past, keep=True)
-        hidden = self._run(hidden, stretch, memory)
-        return hidden, torch.stack(memory.kept) if memory.kept else None
+    def read(self, hidden: Tensor, stretch: range, packed: Packed) -> tuple[Tensor, Tensor]:
+        """As `run`, and these tokens' own keys and values [layers, 2, N, heads, head_dim]."""
+        attention = _Attention(packed, keep=True)
+        hidden = self._run(hidden, stretch, attention)
+        return hidden, torch.stack(attention.kept or [])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [m, vocabulary] after last-block states [m, d]: in float32, or float64 where the model is."""
@@ -169,38 +250,27 @@ class Layers:
         found: Tensor = self.base.module(self.base.spec.head)(normed)
         return found if found.dtype == torch.float64 else found.float()
 
-    def _run(self, hidden: Tensor, stretch: range, memory: _Memory) -> Tensor:
-        if not len(stretch) or not hidden.shape[1]:
+    def _run(self, hidden: Tensor, stretch: range, attention: _Attention) -> Tensor:
+        if not stretch:
             return hidden
-        arguments = self.adapter.arguments(self.base, hidden, _positions(hidden, memory.past))
-        arguments |= {"attention_mask": _mask(hidden, memory.past), self.adapter.past_argument: memory}
-        for index in stretch:
-            found = self.base.layer(index)(hidden, **arguments)
-            hidden = found[0] if isinstance(found, tuple) else found
-        return hidden
+        hidden = hidden[None]
+        positions = attention.packed.positions[None]
+        arguments = self.adapter.arguments(self.base, hidden, positions) | {"packed_attention": attention}
+        with self._packed_attention():
+            for index in stretch:
+                found = self.base.layer(index)(hidden, **arguments)
+                hidden = found[0] if isinstance(found, tuple) else found
+        return hidden[0]
 
-
-def _positions(rows: Tensor, past: Past) -> Tensor:
-    """Positions [B, T] of tokens that follow `past`."""
-    return past.counts[:, None] + torch.arange(rows.shape[1], device=rows.device)
-
-
-def _mask(hidden: Tensor, past: Past) -> Tensor:
-    """Additive mask [B, 1, T, S + T]: every earlier token that is not padding, then causally the own ones."""
-    rows, length = hidden.shape[:2]
-    earlier = torch.arange(past.width, device=hidden.device) < past.counts[:, None]  # [B, S]
-    own = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()  # [T, T]
-    allowed = torch.cat(
-        (earlier[:, None, None].expand(rows, 1, length, -1), own.expand(rows, 1, length, length)), dim=3
-    )
-    mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
-    return mask.masked_fill_(~allowed, torch.finfo(hidden.dtype).min)
-
-
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Token ids [B, longest], padded with 0 on the right."""
-    width = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
+    @contextmanager
+    def _packed_attention(self) -> Iterator[None]:
+        config = self.base.network.config
+        usual = config._attn_implementation
+        config._attn_implementation = _ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
 
 
 @contextmanager

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kbsync.editor.layers import Layers, Past, inputs_of, padded
+from kbsync.editor.layers import Layers, Packed, Past, inputs_of
 from kbsync.editor.model import Base, weights_in
 from kbsync.editor.packing import pack
 from kbsync.editor.preset import Preset
 from kbsync.editor.rows import Beginnings
 from kbsync.editor.solve import Normal
 from kbsync.editor.targets import Target
-from kbsync.editor.tokens import BARE, Tokens, encode_prompt
+from kbsync.editor.tokens import BARE, encode_prompt
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress, silent
@@ -133,20 +133,25 @@ def _put(base: Base, name: str, exact: Tensor, factors: Factors) -> float:
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """Rows up to their lookup tokens, after what they share with others of their context."""
+    """Rows up to their lookup tokens, without what they share with others of their context."""
 
-    states: Tensor
-    """[B, T, d] before the next block to run, padded on the right."""
-    context: Tensor
-    """[B]: which context (group of beginnings) each is in."""
-    request: Tensor
-    """[B]: which column it is a text of."""
-    lookup: Tensor
-    """[B]: the column of its lookup token."""
+    rows: Sequence[tuple[int, int]]
+    """[B]: context (the group of beginnings) and request."""
+    lengths: Sequence[int]
+    hidden: Tensor
+    """[N, d] before the next block to run."""
 
-    def at_lookup(self, states: Tensor) -> Tensor:
-        """Of [B, T, x] the lookup token's, [B, x]."""
-        return states[torch.arange(len(states), device=states.device), self.lookup]
+    @property
+    def last(self) -> Tensor:
+        """[B]: the lookup tokens."""
+        return torch.tensor(self.lengths, device=self.hidden.device).cumsum(0) - 1
+
+    def only(self, context: int) -> _Batch:
+        """Its rows of one context."""
+        kept = [row for row, (group, _) in enumerate(self.rows) if group == context]
+        chosen = torch.tensor([group == context for group, _ in self.rows], device=self.hidden.device)
+        tokens = chosen.repeat_interleave(torch.tensor(self.lengths, device=self.hidden.device))
+        return _Batch([self.rows[row] for row in kept], [self.lengths[row] for row in kept], self.hidden[tokens])
 
 
 class _Texts:
@@ -158,34 +163,35 @@ class _Texts:
         self.layers, self.at = Layers(base), 0
         self.count, self.bare = len(requests), list(contexts).index(BARE)
         self.weights = _context_weights(contexts, preset, base.device)
-        tokens = [encode_prompt(base, request, context) for context in contexts for request in requests]
-        groups = [group for group in range(len(contexts)) for _ in requests]
-        self.beginnings = Beginnings(self.layers, tokens, groups)
-        lengths = [one.lookup + 1 - self.beginnings.counts[group] for one, group in zip(tokens, groups, strict=True)]
-        self.batches = [
-            self._batch([(tokens[row], groups[row], row % len(requests)) for row in rows])
-            for rows in pack(lengths, preset.token_budget)
+        rows = [(group, column) for group in range(len(contexts)) for column in range(len(requests))]
+        tokens = [encode_prompt(base, requests[column], contexts[group]) for group, column in rows]
+        self.beginnings = Beginnings(self.layers, tokens, [group for group, _ in rows])
+        own = [
+            one.ids[self.beginnings.counts[group] : one.lookup + 1]
+            for one, (group, _) in zip(tokens, rows, strict=True)
         ]
+        batches = pack([len(ids) for ids in own], preset.token_budget)
+        self.batches = [self._batch([rows[row] for row in batch], [own[row] for row in batch]) for batch in batches]
 
-    def _batch(self, rows: Sequence[tuple[Tokens, int, int]]) -> _Batch:
-        device = self.layers.base.device
-        skipped = [self.beginnings.counts[group] for _, group, _ in rows]
-        context = torch.tensor([group for _, group, _ in rows], device=device)
-        own = [tokens.ids[skip : tokens.lookup + 1] for (tokens, _, _), skip in zip(rows, skipped, strict=True)]
-        past = Past(self.beginnings.lengths).of(context)
-        return _Batch(
-            states=self.layers.embed(padded(own, device), past),
-            context=context,
-            request=torch.tensor([request for _, _, request in rows], device=device),
-            lookup=torch.tensor([len(ids) - 1 for ids in own], device=device),
-        )
+    def _batch(self, rows: Sequence[tuple[int, int]], own: Sequence[Sequence[int]]) -> _Batch:
+        batch = _Batch(rows, [len(ids) for ids in own], torch.empty(0))
+        ids = [token for one in own for token in one]
+        batch.hidden = self.layers.embed(ids, self._packed(batch, Past(self.beginnings.lengths)))
+        return batch
+
+    def _packed(self, batch: _Batch, beginnings: Past) -> Packed:
+        base = self.layers.base
+        groups = torch.tensor([group for group, _ in batch.rows], dtype=torch.long, device=base.device)
+        return Packed(batch.lengths, beginnings.of(groups), base.dtype)
 
     def advance(self, layer: int) -> None:
         """Go on to just before block `layer`, on the weights of now."""
+        if layer == self.at:
+            return
         stretch = range(self.at, layer)
         past = self.beginnings.advance(stretch)
         for batch in self.batches:
-            batch.states = self.layers.run(batch.states, stretch, past.of(batch.context))
+            batch.hidden = self.layers.run(batch.hidden, stretch, self._packed(batch, past))
         self.at = layer
 
     def read(self, top: int) -> tuple[Tensor, Tensor]:
@@ -196,15 +202,15 @@ class _Texts:
         K = torch.zeros(self.count, f, dtype=torch.float64, device=base.device)
         h = torch.zeros(self.count, d, dtype=torch.float64, device=base.device)
         for batch in self.batches:
+            packed = self._packed(batch, past)
             with inputs_of(base.module(base.spec.down_name(self.at))) as seen:
-                after = self.layers.run(batch.states, range(self.at, self.at + 1), past.of(batch.context))
-            keys = batch.at_lookup(seen[0]).double() * self.weights[batch.context, None]
-            K.index_add_(0, batch.request, keys)
-            bare = (batch.context == self.bare).nonzero()[:, 0]
-            if len(bare):
-                alone = _Batch(after[bare], batch.context[bare], batch.request[bare], batch.lookup[bare])
-                states = self.layers.run(alone.states, range(self.at + 1, top + 1), past.of(alone.context))
-                h[alone.request] = alone.at_lookup(states).double()
+                after = self.layers.run(batch.hidden, range(self.at, self.at + 1), packed)
+            group, column = torch.tensor(batch.rows, device=base.device).T
+            K.index_add_(0, column, seen[0][0, batch.last].double() * self.weights[group, None])
+            bare = replace(batch, hidden=after).only(self.bare)
+            if bare.rows:
+                states = self.layers.run(bare.hidden, range(self.at + 1, top + 1), self._packed(bare, past))
+                h[[column for _, column in bare.rows]] = states[bare.last].double()
         return K.T, h.T
 
 

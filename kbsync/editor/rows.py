@@ -1,4 +1,4 @@
-"""Texts of facts as rows for the model: what many rows begin with is run once, the rest is packed by token budget.
+"""Texts of facts as rows for the model: what the rows of a context begin with is run once, the rest is packed.
 
 Every row of a context begins with the context's own tokens, so their keys and values are computed once per context
 (`Beginnings`) and each row goes on from there. Under causal attention that is exact.
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kbsync.editor.layers import Layers, Past, padded
+from kbsync.editor.layers import Layers, Packed, Past
 from kbsync.editor.packing import pack, shared_length
 from kbsync.editor.tokens import Tokens
 
-__all__ = ["Beginnings", "Row", "joined_past", "read_rows"]
+__all__ = ["Beginnings", "Row", "read_rows"]
 
 
 class Beginnings:
-    """What the rows of each group begin with alike, up to their lookup tokens: tokens, and their states so far.
+    """What the rows of each group begin with alike, up to their lookup tokens, and its states so far.
 
     `rows` and `groups` (0 to G - 1) describe every row that will be asked for. A group may have nothing in common.
     """
@@ -29,15 +29,15 @@ class Beginnings:
         members: list[list[Tokens]] = [[] for _ in range(max(groups) + 1)]
         for row, group in zip(rows, groups, strict=True):
             members[group].append(row)
-        ids = [
+        shared = [
             group[0].ids[: shared_length([one.ids for one in group], [one.lookup for one in group])] if group else ()
             for group in members
         ]
         self.layers = layers
-        self.device = layers.base.device
-        self.counts = [len(one) for one in ids]
-        self.lengths = torch.tensor(self.counts, device=self.device)
-        self.hidden = layers.embed(padded(ids, self.device), self._nothing())  # [G, S, d], before the next block
+        self.counts = [len(ids) for ids in shared]
+        self.packed = Packed(self.counts, Past.nothing(len(shared), layers.base.device), layers.base.dtype)
+        self.lengths = torch.tensor(self.counts, device=layers.base.device)
+        self.hidden = layers.embed([token for ids in shared for token in ids], self.packed)
 
     def past(self, stretch: range) -> Past:
         """Their keys and values in the blocks of `stretch`, the next ones; the states stay where they are."""
@@ -49,11 +49,8 @@ class Beginnings:
         return past
 
     def _read(self, stretch: range) -> tuple[Tensor, Past]:
-        hidden, states = self.layers.read(self.hidden, stretch, self._nothing())
-        return hidden, Past(self.lengths, states, stretch.start)
-
-    def _nothing(self) -> Past:
-        return Past.nothing(len(self.counts), self.device)
+        hidden, states = self.layers.read(self.hidden, stretch, self.packed)
+        return hidden, Past.gather(states.split(self.counts, dim=2), stretch.start)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,8 +62,8 @@ class Row:
     end: int
     states: Tensor = field(init=False)
     """[suffix, d]: states after layer L from the lookup token on."""
-    past: Tensor | None = field(init=False)
-    """[layers above L, 2, heads, lookup, head_dim]: keys and values of the tokens before; None without any."""
+    past: Tensor = field(init=False)
+    """[layers above L, 2, lookup, heads, head_dim]: keys and values of the tokens before."""
 
     @property
     def suffix(self) -> int:
@@ -80,40 +77,35 @@ def read_rows(layers: Layers, rows: Sequence[Row], beginnings: Past, top: int, b
     counts = beginnings.lengths.tolist()
     for batch in pack([row.end - counts[row.group] for row in rows], budget):
         chosen = [rows[index] for index in batch]
-        device = layers.base.device
-        past = beginnings.of(torch.tensor([row.group for row in chosen], device=device))
-        ids = padded([row.tokens.ids[counts[row.group] : row.end] for row in chosen], device)
-        hidden = layers.run(layers.embed(ids, past), range(top), past)
-        before = max(row.tokens.lookup - counts[row.group] for row in chosen)
-        _, own = layers.read(hidden[:, :before], range(top, layers.base.layers), past)
-        for index, row in enumerate(chosen):
-            count = counts[row.group]
-            row.states = hidden[index, row.tokens.lookup - count : row.end - count].clone()
-            row.past = _joined(beginnings, own, row, index, top)
+        own = [row.tokens.ids[counts[row.group] : row.end] for row in chosen]
+        packed = _packed(layers, chosen, [len(ids) for ids in own], beginnings)
+        hidden = layers.run(layers.embed([token for ids in own for token in ids], packed), range(top), packed)
+        for row, states in zip(chosen, hidden.split([len(ids) for ids in own]), strict=True):
+            row.states = states
+        _read_past(layers, chosen, beginnings, top)
 
 
-def _joined(beginnings: Past, own: Tensor | None, row: Row, index: int, top: int) -> Tensor | None:
-    """Keys and values of all tokens before the lookup token: the beginning's, then the row's own."""
-    count = int(beginnings.lengths[row.group])
-    parts = []
-    if beginnings.states is not None:
-        parts.append(beginnings.states[top:, :, row.group, :, :count])
-    if own is not None:
-        parts.append(own[:, :, index, :, : row.tokens.lookup - count])
-    return torch.cat(parts, dim=3) if parts else None
+def _read_past(layers: Layers, rows: Sequence[Row], beginnings: Past, top: int) -> None:
+    """Run the tokens before the lookup token through the layers above; keep the states from it on."""
+    counts = beginnings.lengths.tolist()
+    before = {id(row): row.tokens.lookup - counts[row.group] for row in rows}
+    rows = sorted(rows, key=lambda row: -before[id(row)])
+    lengths = [before[id(row)] for row in rows]
+    hidden = torch.cat([row.states[:length] for row, length in zip(rows, lengths, strict=True)])
+    packed = _packed(layers, rows, lengths, beginnings)
+    _, read = layers.read(hidden, range(top, layers.base.layers), packed)
+    for row, length, own in zip(rows, lengths, read.split(lengths, dim=2), strict=True):
+        row.states = row.states[length:].clone()
+        row.past = torch.cat((_beginning(beginnings, row.group, top), own), dim=2)
 
 
-def joined_past(rows: Sequence[Row], top: int) -> Past:
-    """The past of a batch of these rows from block `top` on, padded on the right."""
-    counts = [row.tokens.lookup for row in rows]
-    device = rows[0].states.device
-    lengths = torch.tensor(counts, device=device)
-    known = [row.past for row in rows if row.past is not None]
-    if not known or not max(counts):
-        return Past(lengths, None, top)
-    layers, both, heads, _, size = known[0].shape
-    states = known[0].new_zeros(layers, both, len(rows), heads, max(counts), size)
-    for index, row in enumerate(rows):
-        if row.past is not None:
-            states[:, :, index, :, : counts[index]] = row.past
-    return Past(lengths, states, top)
+def _packed(layers: Layers, rows: Sequence[Row], lengths: Sequence[int], beginnings: Past) -> Packed:
+    groups = torch.tensor([row.group for row in rows], device=layers.base.device)
+    return Packed(lengths, beginnings.of(groups), layers.base.dtype)
+
+
+def _beginning(beginnings: Past, group: int, top: int) -> Tensor:
+    """Keys and values [layers above L, 2, tokens, heads, head_dim] of what the rows of a group begin with."""
+    if beginnings.states is None:
+        raise ValueError("the beginnings have not been read")
+    return beginnings.states[top:, :, group, :, : int(beginnings.lengths[group])].transpose(2, 3)

@@ -14,19 +14,18 @@ where the object (or the KL term) is predicted; many facts together, by suffix l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
-from kbsync.editor.layers import Layers, Past
+from kbsync.editor.layers import Layers, Packed, Past
 from kbsync.editor.model import Base
-from kbsync.editor.packing import pack
 from kbsync.editor.preset import Preset
-from kbsync.editor.rows import Beginnings, Row, joined_past, read_rows
+from kbsync.editor.rows import Beginnings, Row, read_rows
 from kbsync.editor.tokens import BARE, encode, encode_subject
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest
@@ -37,8 +36,6 @@ __all__ = ["Target", "compute_targets"]
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 """Adam's constants as in torch.optim.Adam; every fact counts its own steps."""
-_PASS_COST = 1 / 64
-"""What one more pass through the layers costs, as a share of the token budget: less padding than that is cheaper."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,8 +126,8 @@ class _State:
         """These facts, then the other's."""
         return _State(*(torch.cat(pair) for pair in zip(self._values(), other._values(), strict=True)))
 
-    def update(self, gradient: Tensor, preset: Preset) -> None:
-        """One step of Adam on δ [n, d], then the clamp."""
+    def update(self, gradient: Tensor, preset: Preset, more: Tensor) -> None:
+        """One step of Adam on the δ [n, d] of the facts that go on (`more` [n]), then the clamp."""
         taken = self.steps[:, None].to(gradient.dtype)
         self.mean = torch.lerp(self.mean, gradient, 1 - _BETAS[0])
         self.square = _BETAS[1] * self.square + (1 - _BETAS[1]) * gradient**2
@@ -138,30 +135,37 @@ class _State:
         delta = self.delta - preset.rate * self.mean / (1 - _BETAS[0] ** taken) / scale
         limit = preset.clamp * self.h.norm(dim=1, keepdim=True)
         norm = delta.norm(dim=1, keepdim=True)
-        self.clamped = (norm > limit)[:, 0]
-        self.delta = torch.where(norm > limit, delta * (limit / norm), delta)
+        clamped = norm > limit
+        self.clamped = torch.where(more, clamped[:, 0], self.clamped)
+        self.delta = torch.where(more[:, None], torch.where(clamped, delta * (limit / norm), delta), self.delta)
 
     def _values(self) -> list[Tensor]:
         return [getattr(self, one.name) for one in fields(self)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Group:
-    """Rows that go through the layers above L together, aligned at the lookup token (column 0)."""
+class _Batch:
+    """All rows of the facts in flight from their lookup tokens on, packed for the layers above L."""
 
+    packed: Packed
     states: Tensor
-    """[B, T, d], padded on the right."""
-    past: Past
+    """[N, d] after layer L, without δ."""
+    lookup: Tensor
+    """[B]: each row's lookup token."""
     owner: Tensor
-    """[B]: each row's fact among those in flight."""
-    places: tuple[Tensor, Tensor]
-    """(row, column), each [m]: the states that predict an object token."""
+    """[B]: each row's fact."""
+    places: Tensor
+    """[m]: the tokens that predict one of an object's."""
+    places_owner: Tensor
+    """[m]: the fact of each."""
     expected: Tensor
-    """[m]: that token."""
+    """[m]: the token that should follow."""
     share: Tensor
     """[m]: its weight in its fact's loss, 1 / (object tokens x contexts)."""
     essence: Tensor
-    """[e]: the KL term's rows."""
+    """[e]: the lookup tokens of the KL term's rows."""
+    essence_owner: Tensor
+    """[e]: the fact of each."""
 
 
 class _Search:
@@ -196,31 +200,26 @@ class _Search:
         vocabulary = self.base.network.config.vocab_size if self.preset.kl_weight else 0
         empty = torch.empty(0, self.base.network.config.hidden_size, dtype=self.dtype, device=self.base.device)
         facts, state = self._refill([], _State.begin(empty, vocabulary))
-        groups = self._groups(facts)
         while facts:
-            losses, gradient = self._evaluate(state, groups)
-            finished = (losses < self.preset.stop_loss) | (state.steps >= self.preset.steps)
-            for index in range(len(facts)):
-                if not losses[index].isfinite():
-                    raise EditError(f"{facts[index].request.prompt!r}: the loss is not finite", hint="kbsync verify")
-                if finished[index]:
-                    yield facts[index].request, _target(state, index, float(losses[index]))
+            batch = self._batch(facts)
+            finished = torch.zeros(len(facts), dtype=torch.bool)
+            while not finished.any():
+                losses, gradient = self._evaluate(state, batch)
+                finished = (losses < self.preset.stop_loss) | (state.steps >= self.preset.steps)
+                state.update(gradient, self.preset, ~finished)
+            for index in finished.nonzero()[:, 0].tolist():
+                yield facts[index].request, _target(state, index, facts[index], float(losses[index]))
             keep = (~finished).nonzero()[:, 0]
-            state = state.take(keep)
-            state.update(gradient[keep], self.preset)
-            if len(keep) < len(facts):
-                facts, state = self._refill([facts[index] for index in keep.tolist()], state)
-                groups = self._groups(facts)
+            facts, state = self._refill([facts[index] for index in keep.tolist()], state.take(keep))
 
     def _refill(self, facts: list[_Fact], state: _State) -> tuple[list[_Fact], _State]:
         """Let facts of the queue in where half of the token budget is free."""
         budget, load = self.preset.token_budget, sum(fact.tokens for fact in facts)
-        if not self.queue or load > budget // 2:
-            return facts, state
         fresh: list[_Fact] = []
-        while self.queue and (not (facts or fresh) or load + self.queue[-1].tokens <= budget):
-            fresh.append(self.queue.pop())
-            load += fresh[-1].tokens
+        if load <= budget // 2:
+            while self.queue and (not load or load + self.queue[-1].tokens <= budget):
+                fresh.append(self.queue.pop())
+                load += fresh[-1].tokens
         if not fresh:
             return facts, state
         rows = [row for fact in fresh for row in fact.all_rows]
@@ -228,71 +227,73 @@ class _Search:
         h = torch.stack([fact.bare.states[0] for fact in fresh]).to(self.dtype)
         return facts + fresh, state.join(_State.begin(h, state.essence.shape[1]))
 
-    def _groups(self, facts: Sequence[_Fact]) -> list[_Group]:
-        """The rows of these facts, packed by suffix length."""
+    def _batch(self, facts: Sequence[_Fact]) -> _Batch:
         owned = [(owner, row) for owner, fact in enumerate(facts) for row in fact.all_rows]
-        budget = self.preset.token_budget
-        batches = pack([row.suffix for _, row in owned], budget, pass_cost=int(budget * _PASS_COST))
-        return [self._group([owned[index] for index in batch]) for batch in batches]
-
-    def _group(self, owned: Sequence[tuple[int, Row]]) -> _Group:
-        def tensor(values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.base.device)
-
+        owned.sort(key=lambda pair: -pair[1].suffix)
         rows = [row for _, row in owned]
-        expected = [
-            (index, at - 1 - row.tokens.lookup, row.tokens.ids[at], 1 / (len(row.tokens.ids) - row.tokens.prompt))
-            for index, row in enumerate(rows)
-            for at in range(row.tokens.prompt, len(row.tokens.ids))
-            if row.group < len(self.contexts)
+        past = Past.gather([row.past for row in rows], self.top)
+        packed = Packed([row.suffix for row in rows], past, self.base.dtype)
+        essence = [
+            (start, owner)
+            for start, (owner, row) in zip(packed.starts, owned, strict=True)
+            if row.group == len(self.contexts)
         ]
-        at_row, at_column, token, share = zip(*expected, strict=True) if expected else ((), (), (), ())
-        return _Group(
-            states=pad_sequence([row.states for row in rows], batch_first=True),
-            past=joined_past(rows, self.top),
-            owner=tensor([owner for owner, _ in owned]),
-            places=(tensor(at_row), tensor(at_column)),
-            expected=tensor(token),
-            share=tensor(share, self.dtype) / len(self.contexts),
-            essence=tensor([index for index, row in enumerate(rows) if row.group == len(self.contexts)]),
+        places = [
+            (start + at - 1 - row.tokens.lookup, owner, row.tokens.ids[at], len(row.tokens.ids) - row.tokens.prompt)
+            for start, (owner, row) in zip(packed.starts, owned, strict=True)
+            if row.group < len(self.contexts)
+            for at in range(row.tokens.prompt, len(row.tokens.ids))
+        ]
+        place, place_owner, expected, count = self._columns(places, 4)
+        token, essence_owner = self._columns(essence, 2)
+        return _Batch(
+            packed=packed,
+            states=torch.cat([row.states for row in rows]),
+            lookup=torch.tensor(packed.starts, device=self.base.device),
+            owner=torch.tensor([owner for owner, _ in owned], device=self.base.device),
+            places=place,
+            places_owner=place_owner,
+            expected=expected,
+            share=1 / (count.to(self.dtype) * len(self.contexts)),
+            essence=token,
+            essence_owner=essence_owner,
         )
 
-    def _evaluate(self, state: _State, groups: Sequence[_Group]) -> tuple[Tensor, Tensor]:
+    def _columns(self, values: Sequence[tuple[int, ...]], width: int) -> Tensor:
+        """Tuples of `width` whole numbers as a tensor [width, len(values)]."""
+        return torch.tensor(values, dtype=torch.long, device=self.base.device).reshape(-1, width).T
+
+    def _evaluate(self, state: _State, batch: _Batch) -> tuple[Tensor, Tensor]:
         """The losses [n] and their gradient by δ [n, d]; zeros where no fact will take another step."""
         state.steps = state.steps + 1
         more = bool((state.steps < self.preset.steps).any())
-        delta = state.delta.clone().requires_grad_(more)
-        decay = self.preset.weight_decay * delta.norm(dim=1) / state.h.norm(dim=1) ** 2
-        losses, gradient = decay.detach().clone(), torch.zeros_like(delta)
-        if more:
-            gradient += torch.autograd.grad(decay.sum(), delta)[0]
-        for group in groups:
-            with torch.set_grad_enabled(more):
-                part = self._loss(group, delta, state)
-            losses += part.detach()
-            if more:
-                gradient += torch.autograd.grad(part.sum(), delta)[0]
-        return losses, gradient
+        with torch.set_grad_enabled(more):
+            delta = state.delta.detach().requires_grad_(more)
+            losses = self._losses(batch, delta, state)
+        gradient = torch.autograd.grad(losses.sum(), delta)[0] if more else torch.zeros_like(delta)
+        return losses.detach(), gradient
 
-    def _loss(self, group: _Group, delta: Tensor, state: _State) -> Tensor:
-        """What the rows of a group add to the losses of all facts, [n]."""
-        first = (group.states[:, 0].to(self.dtype) + delta[group.owner]).to(group.states.dtype)  # [B, d]
-        hidden = torch.cat((first[:, None], group.states[:, 1:]), dim=1)  # [B, T, d]
-        hidden = self.layers.run(hidden, range(self.top, self.base.layers), group.past)
-        wanted = torch.cat((hidden[group.places], hidden[group.essence, 0]))  # [m + e, d]
-        log_probs = self.layers.logits(wanted).log_softmax(dim=1)
-        known, essence = log_probs[: len(group.expected)], log_probs[len(group.expected) :]
-        missing = -known.gather(1, group.expected[:, None])[:, 0] * group.share
-        losses = torch.zeros_like(state.h[:, 0]).index_add(0, group.owner[group.places[0]], missing)
+    def _losses(self, batch: _Batch, delta: Tensor, state: _State) -> Tensor:
+        """The loss of each fact, [n]."""
+        edited = (batch.states[batch.lookup].to(self.dtype) + delta[batch.owner]).to(batch.states.dtype)
+        hidden = batch.states.index_copy(0, batch.lookup, edited)  # [N, d]
+        hidden = self.layers.run(hidden, range(self.top, self.base.layers), batch.packed)
+        log_probs = self.layers.logits(hidden[torch.cat((batch.places, batch.essence))]).log_softmax(dim=1)
+        predicted, essence = log_probs[: len(batch.places)], log_probs[len(batch.places) :]
+        missing = -predicted.gather(1, batch.expected[:, None])[:, 0] * batch.share
+        losses: Tensor = self.preset.weight_decay * delta.norm(dim=1) / state.h.norm(dim=1) ** 2
+        losses = losses.index_add(0, batch.places_owner, missing)
         if not len(essence):
             return losses
-        owner = group.owner[group.essence]
-        fresh = state.steps[owner] == 1
-        state.essence[owner[fresh]] = essence[fresh].detach()
-        kl = functional.kl_div(state.essence[owner], essence, reduction="none", log_target=True).sum(dim=1)
-        return losses.index_add(0, owner, self.preset.kl_weight * kl)
+        fresh = state.steps[batch.essence_owner] == 1
+        state.essence[batch.essence_owner[fresh]] = essence[fresh].detach()
+        before = state.essence[batch.essence_owner]
+        kl = functional.kl_div(before, essence, reduction="none", log_target=True).sum(dim=1)
+        return losses.index_add(0, batch.essence_owner, self.preset.kl_weight * kl)
 
 
-def _target(state: _State, index: int, loss: float) -> Target:
+def _target(state: _State, index: int, fact: _Fact, loss: float) -> Target:
     z = (state.h[index] + state.delta[index]).cpu()
+    if not (math.isfinite(loss) and z.isfinite().all()):
+        raise EditError(f"{fact.request.prompt!r}: the loss is not finite", hint="kbsync verify")
     return Target(z=z, loss=loss, steps=int(state.steps[index]), clamped=bool(state.clamped[index]))
