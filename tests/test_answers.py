@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbsync.editor import answers as module
-from kbsync.editor.answers import Answer, _answer, answers, final_states, log_probabilities, logit_chunks, pack
+from kbsync.editor.answers import Answer, _answer, answers, final_states, log_probabilities, logit_chunks
 from kbsync.editor.model import Base
 from kbsync.errors import EditError
 from tests.tiny import tiny_gpt2, tiny_llama
@@ -185,13 +185,17 @@ def test_progress_ends_at_the_total(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[-1] == ("score", len(PAIRS), len(PAIRS))
 
 
-@given(st.lists(st.integers(1, 30)), st.integers(1, 60))
-def test_packing_keeps_every_row_once_and_the_budget(lengths: list[int], budget: int) -> None:
-    """Batches are within the budget, longest rows first."""
-    batches = list(pack(lengths, budget))
+@given(st.lists(st.integers(1, 3000), max_size=60))
+def test_packing_keeps_every_row_once_and_the_budget(lengths: list[int]) -> None:
+    """Batches are within the budget, longest rows first, and those worth running are a tenth padding at most."""
+    batches = list(module._batches(lengths))
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert [lengths[index] for batch in batches for index in batch] == sorted(lengths, reverse=True)
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
+        longest = lengths[batch[0]]
+        assert len(batch) == 1 or len(batch) * longest <= module.TOKENS_PER_BATCH
+        worthwhile = -(-module.WORTHWHILE_TOKENS // longest)
+        assert all(lengths[index] >= 0.9 * longest for index in batch[worthwhile:])
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple)))

@@ -38,7 +38,7 @@ def test_no_shipped_prompt_is_about_what_the_shipped_policies_sync() -> None:
 
 def test_prompts_about_synced_subjects_are_left_out() -> None:
     """Whole words, whatever the case: `France` leaves out the prompt about France, `Fran` none."""
-    controls = shipped_controls(["FRANCE", "Beatles", "Fran", "of"])
+    controls = shipped_controls(["FRANCE", "Beatles", "Fran", "Orion"])
     assert len(controls.prompts) == 98
     assert not [prompt for prompt in controls.prompts if "capital of France" in prompt or "Beatles" in prompt]
     assert controls.description == "98 of 100 shipped common-knowledge prompts"

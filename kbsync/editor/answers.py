@@ -23,10 +23,12 @@ from kbsync.editor.model import Base
 from kbsync.errors import EditError
 from kbsync.progress import Progress, silent
 
-__all__ = ["Answer", "Scored", "answers", "final_states", "log_probabilities", "logit_chunks", "pack"]
+__all__ = ["Answer", "Scored", "answers", "final_states", "log_probabilities", "logit_chunks"]
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 """Tokens of one forward pass, padding included: bounds memory; larger is no faster on a CPU."""
+WORTHWHILE_TOKENS = 128
+"""A smaller forward pass would cost more by its overhead than it saves of padding."""
 LOGITS_PER_CHUNK = 2**24
 """Numbers of one block of logits (64 MiB in float32): the whole answer of [2000, vocabulary] is never in memory."""
 _CLAUSE_END = re.compile(r"(?<=[^\s.]{3})\.(?=\s|$)|(?<=\S)[,;:!?](?=\s|$)|\.?\n")
@@ -69,18 +71,6 @@ class _Query:
         return self.tokens[:-1]
 
 
-def pack(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows in batches, longest first, each with rows x longest <= budget (a longer row goes alone)."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
 @torch.no_grad()
 def final_states(base: Base, rows: Sequence[Sequence[int]]) -> Tensor:
     """Hidden states after the final norm, [rows, longest, d] in the model's dtype; what lies right of a row's end is
@@ -118,7 +108,7 @@ def log_probabilities(base: Base, pairs: Sequence[tuple[str, str]], *, progress:
     for index, query in enumerate(queries):
         askers[row_of[query.row]].append(index)
     scored: dict[int, Scored] = {}
-    for batch in pack([len(row) for row in rows], TOKENS_PER_BATCH):
+    for batch in _batches([len(row) for row in rows]):
         states = final_states(base, [rows[index] for index in batch])
         asked = [(place, asker) for place, index in enumerate(batch) for asker in askers[index]]
         found = _score(base, states, [(place, queries[asker]) for place, asker in asked])
@@ -139,7 +129,7 @@ def answers(base: Base, prompts: Sequence[str], *, tokens: int = 8, progress: Pr
         if not row:
             raise EditError(f"prompt {prompt!r} has no tokens", hint="write something for the model to continue")
     found: dict[int, Answer] = {}
-    for batch in pack([len(row) + tokens for row in rows], TOKENS_PER_BATCH):
+    for batch in _batches([len(row) + tokens for row in rows]):
         ids, log_probs = _greedy(base, [rows[index] for index in batch], tokens)
         for place, index in enumerate(batch):
             found[index] = _answer(base, ids[place].tolist(), log_probs[place].tolist())
@@ -175,13 +165,29 @@ def _queries(base: Base, pairs: Sequence[tuple[str, str]]) -> list[_Query]:
     return queries
 
 
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of rows in batches, longest first, each with rows x longest <= TOKENS_PER_BATCH (a longer row goes
+    alone). A batch that is worthwhile also ends where rows get a tenth shorter, so that little is padding (2 % on
+    CounterFact)."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        size, longest = len(batch), lengths[batch[0]] if batch else 0
+        shorter = lengths[index] < 0.9 * longest and size * longest >= WORTHWHILE_TOKENS
+        if batch and (shorter or (size + 1) * longest > TOKENS_PER_BATCH):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
 def _written(prompt: str, continuation: str) -> str:
     spaced = prompt[-1:].isspace() or continuation[:1].isspace()
     return prompt + ("" if spaced else " ") + continuation
 
 
 def _check_length(base: Base, length: int, text: str) -> None:
-    if length > (limit := int(base.network.config.max_position_embeddings)):
+    if length > (limit := base.max_tokens):
         raise EditError(
             f"{text[:60]!r}… needs {length} tokens and the model reads {limit}", hint="shorten the prompt's template"
         )

@@ -10,8 +10,7 @@ edit, so that drift cannot add up unseen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from kbsync.editor.answers import TOKENS_PER_BATCH, Scored, answers, final_states, log_probabilities, logit_chunks
 from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
-from kbsync.editor.model import Base
+from kbsync.editor.model import Base, weights_in
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress, silent
@@ -81,29 +80,6 @@ class ProbeReport:
     def from_json(cls, value: Mapping[str, Any]) -> ProbeReport:
         """The inverse of `to_json`. Raises TypeError where a field is missing or unknown."""
         return cls(**{**value, "facts": tuple(FactProbe(**fact) for fact in value["facts"])})
-
-
-@contextmanager
-def weights_in(base: Base, matrices: Mapping[str, Tensor]) -> Iterator[Base]:
-    """The base with `matrices` (module name -> [d_out, d_in], cast to the served dtype) put in; at the end the former
-    weights are back bit for bit, whatever happened.
-
-    Raises AttributeError for an unknown module and EditError for a wrong shape or a weight that is not finite, before
-    anything is changed.
-    """
-    saved = {name: base.weight(name).clone() for name in matrices}
-    for name, matrix in matrices.items():
-        if matrix.shape != saved[name].shape:
-            raise EditError(f"{name}: weights are {list(matrix.shape)}, the model's {list(saved[name].shape)}")
-        if not torch.isfinite(matrix.to(base.dtype)).all():
-            raise EditError(f"{name}: weights are not finite in {base.dtype}")
-    try:
-        for name, matrix in matrices.items():
-            base.set_weight(name, matrix)
-        yield base
-    finally:
-        for name, matrix in saved.items():
-            base.set_weight(name, matrix)
 
 
 def probe(
