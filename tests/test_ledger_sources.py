@@ -251,7 +251,7 @@ def test_any_sequence_of_snapshots(tmp_path: Path) -> None:
     counts are those of a plain Python model; a 304 counts for what the last answer with rows said."""
     names = count()
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(_FETCHES)
     def check(fetches: list[tuple[list[Row], set[str], str]]) -> None:
         _follow(ledger, f"source{next(names)}", fetches)

@@ -34,10 +34,11 @@ class Decision:
 def accept(connection: Connection, decision: Decision) -> tuple[list[Change], Counter[str]]:
     """The changes, by key, and the counts of everything that was written; see `Writer.apply`."""
     _refuse_strays(decision)
-    changes = _accept_facts(connection, decision)
+    changes, from_elsewhere = _accept_facts(connection, decision)
     written = Counter(str(change.kind) for change in changes)
     written.update(_accept_conflicts(connection, decision))
-    return changes, written
+    written["from_another_source"] = from_elsewhere
+    return changes, +written  # without the zeros
 
 
 def _refuse_strays(decision: Decision) -> None:
@@ -46,7 +47,8 @@ def _refuse_strays(decision: Decision) -> None:
         raise ValueError(f"relations {strays} are not among those resolved, {sorted(decision.relations)}")
 
 
-def _accept_facts(connection: Connection, decision: Decision) -> list[Change]:
+def _accept_facts(connection: Connection, decision: Decision) -> tuple[list[Change], int]:
+    """The changes, and how many facts are written anew only because another source now stands for them."""
     table = schema.fact
     begun = dict(decision.facts)
     ended: dict[FactKey, int] = {}
@@ -67,7 +69,8 @@ def _accept_facts(connection: Connection, decision: Decision) -> list[Change]:
             changes += _change(decision, None, fact)
     _end(connection, "fact", ended.values(), {"until": decision.at, "until_run": decision.run_id})
     _begin_facts(connection, begun.values(), decision)
-    return sorted(changes, key=lambda change: change.key)
+    silent = len(begun.keys() | ended.keys()) - len(changes)
+    return sorted(changes, key=lambda change: change.key), silent
 
 
 def _unchanged(row: Sequence[Any], fact: Fact) -> bool:
@@ -124,8 +127,7 @@ def _accept_conflicts(connection: Connection, decision: Decision) -> dict[str, i
             connection.execute(update(table).where(table.c.id == row.id).values(claims=claims))
     _end(connection, "conflict", closing, {"closed_at": decision.at, "closed_run": decision.run_id})
     _open_conflicts(connection, opening.values(), decision)
-    counts = {"conflicts_opened": len(opening), "conflicts_closed": len(closing)}
-    return {name: count for name, count in counts.items() if count}
+    return {"conflicts_opened": len(opening), "conflicts_closed": len(closing)}
 
 
 def _open_conflicts(connection: Connection, conflicts: Iterable[Conflict], decision: Decision) -> None:
