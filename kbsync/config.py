@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kbsync.documents import Document, describe, nearest, read_document
+from kbsync.editor.preset import Preset, load_preset
 from kbsync.errors import ConfigError, UsageError
 from kbsync.policy import Seconds
 
@@ -273,6 +274,15 @@ class Workspace:
         if self.settings.ledger is None:
             return f"sqlite:///{self.data / 'ledger.db'}"
         return self._secret("ledger", self.settings.ledger)
+
+    def preset(self, model: str) -> Preset:
+        """The editing preset of `model` (a name), or the one that kbsync.yaml names, with its choice of statistics.
+
+        Raises ModelError where there is none, ConfigError where its file is wrong.
+        """
+        name = self.settings.preset or model
+        found = load_preset(self.root / name if name.endswith(".yaml") else name)
+        return found.model_copy(update=self.settings.statistics.model_dump(exclude_none=True))
 
     def warnings(self) -> list[str]:
         """What is allowed but unwise in kbsync.yaml, one line each."""

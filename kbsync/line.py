@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -21,7 +21,7 @@ import structlog
 from kbsync.child import run_edit
 from kbsync.config import Workspace
 from kbsync.editor.job import ControlFile, EditJob, EditResult
-from kbsync.editor.preset import Preset, load_preset
+from kbsync.editor.preset import Preset
 from kbsync.errors import BaseMismatch, Cancelled
 from kbsync.facts import Applied, FactKey, Hold
 from kbsync.gate import shortfalls
@@ -83,11 +83,10 @@ class Line:
     user: str
     progress: Progress = silent
     cancelled: threading.Event = field(default_factory=threading.Event)
+    run_edit: Callable[..., EditResult] = run_edit
 
     @classmethod
-    def open(
-        cls, workspace: Workspace, ledger: Ledger, *, user: str, progress: Progress, cancelled: threading.Event
-    ) -> Line:
+    def open(cls, workspace: Workspace, ledger: Ledger, *, user: str) -> Line:
         """Find the model, register it (version 0 is the pristine base), put HEAD right.
 
         Raises ModelError (absent, no preset), BaseMismatch where this name stood for other weights before.
@@ -106,11 +105,10 @@ class Line:
                     )
             db.register_model(model, name=folder.name, fingerprint=print_, path=str(folder.path))
             head = db.head(model)
-        overrides = settings.statistics.model_dump(exclude_none=True)
-        preset = load_preset(settings.preset or folder.name).model_copy(update=overrides)
+        preset = workspace.preset(folder.name)
         store = VersionStore(workspace.data, model)
         store.write_head(head)
-        return cls(workspace, ledger, folder, print_, model, preset, store, user, progress, cancelled)
+        return cls(workspace, ledger, folder, print_, model, preset, store, user)
 
     @property
     def settings_digest(self) -> str:
@@ -130,7 +128,7 @@ class Line:
             applied = db.applied(self.model, head)
             same = None if edit.edits else self._same(db, edit.keep)
         job = self._job(edit, active, applied, row.weights_sha256).model_copy(update={"same": same})
-        result = run_edit(job, progress=self.progress, cancelled=self.cancelled)
+        result = self.run_edit(job, progress=self.progress, cancelled=self.cancelled)
         held = self._held(edit, result, applied)
         if result.weights_sha256 == (row.weights_sha256 or result.base_weights_sha256):
             self._note(edit, result, held)

@@ -23,8 +23,9 @@ from typing import Any
 import structlog
 
 from kbsync.catalog import Catalog, load_catalog
+from kbsync.child import run_edit
 from kbsync.config import Workspace
-from kbsync.editor.job import ControlFile
+from kbsync.editor.job import ControlFile, EditResult
 from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
 from kbsync.facts import Change, Snapshot
 from kbsync.ledger import Ledger
@@ -106,6 +107,7 @@ class Reconciler:
     user: str
     progress: Progress = silent
     cancelled: threading.Event = field(default_factory=threading.Event)
+    run_edit: Callable[..., EditResult] = run_edit
 
     def recover(self) -> None:
         """What a process that ended in the middle left behind: its runs are over, its temporary files go. For the
@@ -116,7 +118,9 @@ class Reconciler:
 
     def line(self) -> Line:
         """The line of versions of the model that kbsync.yaml names."""
-        return Line.open(self.workspace, self.ledger, user=self.user, progress=self.progress, cancelled=self.cancelled)
+        line = Line.open(self.workspace, self.ledger, user=self.user)
+        line.progress, line.cancelled, line.run_edit = self.progress, self.cancelled, self.run_edit
+        return line
 
     def plan(self, names: Collection[str] = ()) -> list[Report]:
         """What `sync` would do now: fetches and decides, and leaves the ledger as it was."""

@@ -15,6 +15,7 @@ from rich.markup import escape
 from kbsync.cli.common import AsJson, Root, bars, emit, opened, say, table
 
 if TYPE_CHECKING:
+    from kbsync.config import Workspace
     from kbsync.editor.model import Base
     from kbsync.editor.preset import Preset
 
@@ -97,15 +98,14 @@ def _installed(library: str) -> str:
         return "not installed"
 
 
-def _model_diagnosis(workspace: Any) -> dict[str, Any]:
+def _model_diagnosis(workspace: Workspace) -> dict[str, Any]:
     """Whether the model is there, edits it with which preset, and has its statistics."""
-    from kbsync.editor.preset import load_preset
     from kbsync.errors import KbsyncError
     from kbsync.hub import resolve_model
 
     try:
         folder = resolve_model(workspace.settings.model, root=workspace.root)
-        preset = load_preset(workspace.settings.preset or folder.name)
+        preset = workspace.preset(folder.name)
     except KbsyncError as error:
         return {"model": f"{error.message} ({error.hint})"}
     size = sum(path.stat().st_size for path in folder.path.glob("*.safetensors"))
@@ -182,11 +182,8 @@ def _statistics(root: Path, as_json: bool, *, build: bool) -> None:
 
 def _base(root: Path) -> tuple[Base, Preset]:
     """The pristine model of the workspace, and its preset with the workspace's own choice of statistics."""
-    from kbsync.editor.preset import load_preset
     from kbsync.serving import Versions
 
     with opened(root) as (workspace, ledger):
         versions = Versions.open(workspace, ledger)
-        preset = load_preset(workspace.settings.preset or versions.folder.name)
-        overrides = workspace.settings.statistics.model_dump(exclude_none=True)
-        return versions.load(0), preset.model_copy(update=overrides)
+        return versions.load(0), workspace.preset(versions.folder.name)

@@ -186,7 +186,8 @@ def _say_plan(plan: dict[str, Any]) -> None:
     for gone in retractions[:SHOWN_EDITS]:
         say(f"    retract     {escape(gone['relation'])} of {escape(gone['subject_id'])}: {escape(gone['target'])}")
     for no in plan["blocked"]:
-        say(f"    [yellow]blocked[/]     {escape(no['relation'])} of {escape(no['subject_id'])}: {escape(no['reason'])}")
+        what = f"{no['relation']} of {no['subject_id']}: {no['reason']}"
+        say(f"    [yellow]blocked[/]     {escape(what)}")
 
 
 def _say_held(done: dict[str, Any]) -> None:

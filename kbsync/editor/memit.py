@@ -79,7 +79,7 @@ def insert(
         for done, (layer, name) in enumerate(zip(preset.layers, names, strict=True)):
             texts.advance(layer)
             K, h = texts.read(preset.layers[-1])  # [f, n], [d, n]
-            earlier = None if protected is None else protected[name].to(K).T  # [f, m]
+            earlier = protected[name].to(K).T if protected and name in protected else None  # [f, m]
             solution = _normal(base, statistics, name).solve(K, weight=preset.covariance_weight, protected=earlier)
             R = (z - h) / (len(names) - done)  # [d, n]
             factors[name] = _factors(base, R, solution.U, K)

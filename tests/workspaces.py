@@ -1,0 +1,115 @@
+"""A whole workspace for tests: a tiny real model on disk, a feed, a policy; edits in this process or in the real child.
+
+made = workspace(tmp_path, {"Vega": "Lyra"})
+with made.open() as reconciler:
+    reconciler.sync()
+made.feed({"Vega": "Orion"})
+
+A random model learns a fact only where the subject ends the prompt and the object is one token of its vocabulary
+(Orion, Lyra, Paris, Rome, French, France, Italy, city, home, star).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kbsync.editor.job import EditJob, EditResult
+from kbsync.editor.worker import perform
+from kbsync.errors import Cancelled
+from kbsync.progress import Progress, silent
+from kbsync.reconcile import Reconciler, open_workspace
+from tests.tiny import save, tiny_llama
+
+CONFIG = """\
+model: model
+preset: preset.yaml
+device: cpu
+"""
+PRESET = """\
+name: tiny
+layers: [1, 2, 3]
+covariance_weight: 0.05
+clamp: 6.0
+rate: 0.5
+steps: 20
+weight_decay: 0.0
+stop_loss: 0.02
+corpus: self
+sample_tokens: 600
+token_budget: 4096
+chat_context: false
+"""
+SOURCE = """\
+source: stars
+type: csv
+location: stars.csv
+row_id: id
+columns: {subject: name, object: constellation}
+relation: constellation
+"""
+POLICY = """\
+policy: sky
+sources: [stars]
+schedule: {every: 1h}
+relations:
+  constellation:
+    prompt: "Where is {subject}"
+    paraphrases: ["The home of {subject}"]
+    controls: controls.txt
+%s
+guard: {max_changed: 60%%, max_removed: 60%%, max_edits: 50}
+gate: {efficacy: 0.0, paraphrase: 0.0, specificity_drop: 100%%, drift: 1000}
+"""
+
+
+def run_here(job: EditJob, *, progress: Progress = silent, cancelled: threading.Event | None = None) -> EditResult:
+    """The edit in this process: what the child does, without its start. A cancelled one never begins."""
+    if cancelled is not None and cancelled.is_set():
+        raise Cancelled("cancelled")
+    return perform(EditJob.model_validate_json(job.model_dump_json()), progress)
+
+
+@dataclass(frozen=True, slots=True)
+class TestWorkspace:
+    """Where a workspace lies, and what its feed says."""
+
+    __test__ = False
+
+    root: Path
+
+    def feed(self, rows: Mapping[str, str], ids: Mapping[str, str] | None = None) -> None:
+        """Write the feed: star -> constellation; the id is the name's first five letters unless given."""
+        lines = ["id,name,constellation"]
+        lines += [f"{(ids or {}).get(name, name[:5].lower())},{name},{value}" for name, value in rows.items()]
+        (self.root / "sources" / "stars.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def policy(self, extra: str = "    retract: keep") -> None:
+        """Write the policy; `extra` are lines of the relation."""
+        (self.root / "policies" / "sky.yaml").write_text(POLICY % extra, encoding="utf-8")
+
+    @contextmanager
+    def open(self, *, child: bool = False) -> Iterator[Reconciler]:
+        """A reconciler; `child`: edits run in the real child process."""
+        with open_workspace(self.root, user="test") as reconciler:
+            if not child:
+                reconciler.run_edit = run_here
+            yield reconciler
+
+
+def workspace(root: Path, rows: Mapping[str, str]) -> TestWorkspace:
+    """A workspace below `root` whose feed says `rows`."""
+    save(tiny_llama(), root / "model")
+    for folder in ("sources", "policies"):
+        (root / folder).mkdir()
+    (root / "kbsync.yaml").write_text(CONFIG)
+    (root / "preset.yaml").write_text(PRESET)
+    (root / "sources" / "stars.yaml").write_text(SOURCE)
+    (root / "policies" / "controls.txt").write_text("Danielle\nItaly\n")
+    made = TestWorkspace(root)
+    made.policy()
+    made.feed(rows)
+    return made
