@@ -22,15 +22,16 @@ from kbsync.child import run_edit
 from kbsync.config import Workspace
 from kbsync.editor.job import ControlFile, EditJob, EditResult
 from kbsync.editor.preset import Preset
-from kbsync.errors import BaseMismatch, Cancelled
+from kbsync.errors import Cancelled
 from kbsync.facts import Applied, FactKey, Hold
 from kbsync.gate import shortfalls
-from kbsync.hub import ModelFolder, fingerprint, model_id, resolve_model
+from kbsync.hub import ModelFolder
 from kbsync.ledger import Ledger, Reader
 from kbsync.ledger.records import PublishedVersion
 from kbsync.plan import PlannedEdit
 from kbsync.policy import Gate
 from kbsync.progress import Progress, silent
+from kbsync.serving import Versions
 from kbsync.versions.manifest import ActiveDelta, Manifest, ManifestFact
 from kbsync.versions.store import VersionStore
 
@@ -91,24 +92,14 @@ class Line:
 
         Raises ModelError (absent, no preset), BaseMismatch where this name stood for other weights before.
         """
-        settings = workspace.settings
-        folder = resolve_model(settings.model, root=workspace.root)
-        print_ = fingerprint(folder.path)
-        model = model_id(folder.name, print_)
+        found = Versions.open(workspace, ledger)
+        folder, model, store = found.folder, found.model, found.store
         with ledger.write() as db:
-            for row in db.models():
-                if row.name == folder.name and row.fingerprint != print_:
-                    raise BaseMismatch(
-                        f"model {folder.name}: its weights are not those that the versions were made on "
-                        f"({print_[:12]} now, {row.fingerprint[:12]} recorded)",
-                        hint="put the recorded weights back, or give the new model a name of its own in kbsync.yaml",
-                    )
-            db.register_model(model, name=folder.name, fingerprint=print_, path=str(folder.path))
+            db.register_model(model, name=folder.name, fingerprint=found.fingerprint, path=str(folder.path))
             head = db.head(model)
-        preset = workspace.preset(folder.name)
-        store = VersionStore(workspace.data, model)
         store.write_head(head)
-        return cls(workspace, ledger, folder, print_, model, preset, store, user)
+        preset = workspace.preset(folder.name)
+        return cls(workspace, ledger, folder, found.fingerprint, model, preset, store, user)
 
     @property
     def settings_digest(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kbsync.config import Workspace
-from kbsync.errors import KbsyncError, UsageError
+from kbsync.errors import BaseMismatch, KbsyncError, UsageError
 from kbsync.hub import ModelFolder, fingerprint, model_id, resolve_model
 from kbsync.ledger import Ledger
 from kbsync.ledger.records import VersionRow
@@ -51,10 +51,21 @@ class Versions:
 
     @classmethod
     def open(cls, workspace: Workspace, ledger: Ledger) -> Versions:
-        """Find the model and its store. Raises ModelError where the model is absent."""
+        """Find the model and its store.
+
+        Raises ModelError where the model is absent, BaseMismatch where its name stood for other weights before.
+        """
         folder = resolve_model(workspace.settings.model, root=workspace.root)
         print_ = fingerprint(folder.path)
         model = model_id(folder.name, print_)
+        with ledger.read() as db:
+            others = [row.fingerprint for row in db.models() if row.name == folder.name and row.id != model]
+        if others:
+            raise BaseMismatch(
+                f"model {folder.name}: its weights are not those that the versions were made on "
+                f"({print_[:12]} now, {others[0][:12]} recorded)",
+                hint="put the recorded weights back, or give the new model a name of its own in kbsync.yaml",
+            )
         return cls(workspace, ledger, folder, print_, model, VersionStore(workspace.data, model))
 
     def row(self, version: int | Literal["live"] = "live") -> VersionRow | None:

@@ -242,7 +242,14 @@ class Layers:
         """As `run`, and these tokens' own keys and values [layers, 2, N, heads, head_dim]."""
         attention = _Attention(packed, keep=True)
         hidden = self._run(hidden, stretch, attention)
-        return hidden, torch.stack(attention.kept or [])
+        return hidden, torch.stack(attention.kept) if attention.kept else self._nothing(len(stretch), hidden)
+
+    def _nothing(self, layers: int, hidden: Tensor) -> Tensor:
+        """The keys and values [layers, 2, 0, heads, head_dim] of no tokens."""
+        config = self.base.network.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return hidden.new_zeros(layers, 2, 0, heads, width)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [m, vocabulary] after last-block states [m, d]: in float32, or float64 where the model is."""
@@ -251,7 +258,7 @@ class Layers:
         return found if found.dtype == torch.float64 else found.float()
 
     def _run(self, hidden: Tensor, stretch: range, attention: _Attention) -> Tensor:
-        if not stretch:
+        if not stretch or not len(hidden):  # a text may begin with its subject: no token comes before
             return hidden
         hidden = hidden[None]
         positions = attention.packed.positions[None]
