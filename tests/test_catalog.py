@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbsync.catalog import Catalog, load_catalog, trigger
+from kbsync.catalog import Catalog, load_catalog
 from kbsync.config import Workspace
 from kbsync.errors import ConfigError, UsageError
 from kbsync.policy import Schedule
+from kbsync.schedule import trigger
 
 SOURCE = """\
 source: stars

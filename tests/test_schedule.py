@@ -1,0 +1,62 @@
+"""When a pass runs."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kbsync.policy import Schedule
+from kbsync.schedule import overdue, trigger
+
+NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)  # a Wednesday
+
+
+def fires(cron: str, count: int = 3, zone: str = "UTC") -> list[str]:
+    """The next times as `Sun 05:00`."""
+    found, at = [], NOW
+    made = trigger(Schedule(cron=cron, timezone=zone))
+    for _ in range(count):
+        at = made.get_next_fire_time(None, at)
+        found.append(f"{at:%a %H:%M}")
+        at += timedelta(minutes=1)
+    return found
+
+
+@pytest.mark.parametrize("day", ["0", "7", "sun"])
+def test_day_zero_seven_and_sun_are_sunday(day: str) -> None:
+    assert fires(f"0 5 * * {day}", 1) == ["Sun 05:00"]
+
+
+def test_ranges_of_days_are_read_as_crontab_does() -> None:
+    assert fires("30 6 * * 1-5", 4) == ["Thu 06:30", "Fri 06:30", "Mon 06:30", "Tue 06:30"]
+    assert fires("0 0 * * fri-sun", 3) == ["Fri 00:00", "Sat 00:00", "Sun 00:00"]
+
+
+@pytest.mark.parametrize("cron", ["0 5 * *", "0 5 * * 8", "0 5 * * someday", "0 5 1 * 1", "0 0 31 2 *"])
+def test_a_cron_expression_that_cannot_be_meant_is_refused(cron: str) -> None:
+    with pytest.raises(ValueError, match="cron"):
+        trigger(Schedule(cron=cron))
+
+
+def test_a_policy_that_never_ran_is_overdue() -> None:
+    assert overdue(Schedule(every=3600), None, NOW)
+
+
+@given(st.integers(60, 10**6), st.integers(0, 2 * 10**6))
+def test_an_interval_is_overdue_exactly_when_it_has_passed(every: int, ago: int) -> None:
+    assert overdue(Schedule(every=every), NOW - timedelta(seconds=ago), NOW) == (ago >= every)
+
+
+def test_three_missed_periods_are_one_overdue_pass_and_jitter_does_not_matter() -> None:
+    schedule = Schedule(every=3600, jitter=1800)
+    assert overdue(schedule, NOW - timedelta(hours=3), NOW)
+    assert not overdue(schedule, NOW - timedelta(minutes=59), NOW)
+
+
+def test_a_cron_schedule_is_overdue_when_a_time_lies_between() -> None:
+    schedule = Schedule(cron="0 5 * * *")
+    assert overdue(schedule, NOW - timedelta(hours=8), NOW)
+    assert not overdue(schedule, NOW - timedelta(hours=6), NOW)
