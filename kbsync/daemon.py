@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -30,7 +31,6 @@ from kbsync.config import Workspace
 from kbsync.control import serve
 from kbsync.errors import Busy, Cancelled, KbsyncError
 from kbsync.ledger import Ledger
-from kbsync.ledger.records import ScheduleState
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
 from kbsync.reconcile import Reconciler
@@ -39,6 +39,8 @@ from kbsync.schedule import overdue, trigger
 __all__ = ["Daemon", "run_daemon"]
 
 USER = "daemon"
+UNFINISHED = ("failed", "cancelled")
+"""How a pass ended that the next start begins again at once."""
 EVENTS = {
     EVENT_JOB_ERROR: "job_error",
     EVENT_JOB_MISSED: "job_missed",
@@ -152,7 +154,8 @@ class Daemon:
             log.error("work_abandoned", reason=f"did not end within {grace:g} s")
 
     def _schedule_all(self) -> None:
-        """Make the jobs those of the policies; one that is overdue by the ledger, or never ran, is due now."""
+        """Make the jobs those of the policies. Due now is one that never ran, one that is overdue by the ledger, and
+        one whose last pass was interrupted, put back or failed."""
         wanted = self._catalog.policies
         for job in self._scheduler.get_jobs():
             if job.id not in wanted:
@@ -161,7 +164,9 @@ class Daemon:
         for name, policy in wanted.items():
             with self._ledger.read() as db:
                 state = db.schedule_state(name)
-            due = overdue(policy.schedule, state.last_started, now)
+                latest = db.runs(1, policy=name)
+            unfinished = bool(latest) and latest[0].status in UNFINISHED
+            due = unfinished or overdue(policy.schedule, state.last_started, now)
             first = {"next_run_time": now} if due else {}
             self._scheduler.add_job(
                 self._pass, trigger(policy.schedule), args=[name], id=name, replace_existing=True, **first
@@ -172,17 +177,14 @@ class Daemon:
         with self._working:
             if self._stopping.is_set() or name not in self._catalog.policies:
                 return
-            started = datetime.now(UTC)
-            self._note_schedule(name, started, ok=False)
             try:
-                reports = self._reconciler(USER, silent).sync([name], trigger="schedule")
+                self._reconciler(USER, silent).sync([name], trigger="schedule")
             except Cancelled as error:
                 log.info("pass_put_back", policy=name, reason=error.message)
                 self._again(name)
             except KbsyncError as error:
                 log.error("pass_failed", policy=name, problem=error.message, hint=error.hint)
-            else:
-                self._note_schedule(name, started, ok=all(report.exit_code == 0 for report in reports))
+            self._note_due(name)
 
     def _handle(self, command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
         """A write command from the control socket. An undo goes before the work that is running."""
@@ -214,13 +216,11 @@ class Daemon:
         if not self._stopping.is_set() and (job := self._scheduler.get_job(name)) is not None:
             job.modify(next_run_time=datetime.now(UTC))
 
-    def _note_schedule(self, name: str, started: datetime, *, ok: bool) -> None:
+    def _note_due(self, name: str) -> None:
         job = self._scheduler.get_job(name)
         with self._ledger.write() as db:
-            last_ok = started if ok else db.schedule_state(name).last_ok
-            db.set_schedule_state(
-                ScheduleState(name, last_started=started, last_ok=last_ok, next_due=job.next_run_time if job else None)
-            )
+            due = job.next_run_time if job else None
+            db.set_schedule_state(replace(db.schedule_state(name), next_due=due))
 
     def _note_event(self, event: JobEvent) -> None:
         """What the scheduler could not do is in the log and in the ledger."""

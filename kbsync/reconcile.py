@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,7 @@ class Reconciler:
     def _pass(self, policy: Policy, line: Line, trigger: str) -> Report:
         with self.ledger.write() as db:
             run_id = db.start_run(policy.policy, model=line.model, trigger=trigger, user=self.user)
+            db.set_schedule_state(replace(db.schedule_state(policy.policy), last_started=db.now))
         try:
             snapshots, failures = self._observe(policy)
             report = self._decide(policy, line, snapshots, run_id=run_id)
@@ -307,6 +308,9 @@ class Reconciler:
             report.problems.append(error)
         message = report.problems[0].message if report.problems else ""
         self._end(report.run_id, report.status, message, report.counts)
+        if not report.problems:
+            with self.ledger.write() as db:
+                db.set_schedule_state(replace(db.schedule_state(policy.policy), last_ok=db.now))
         return report
 
     def _carry_out(self, policy: Policy, line: Line, report: Report) -> None:

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from kbsync.ledger import Ledger
 
 __all__ = [
+    "MEASURED",
     "AsJson",
     "Root",
     "bars",
     "console",
     "emit",
     "opened",
+    "probe_line",
     "say",
     "share",
     "table",
@@ -41,6 +43,9 @@ Root = Annotated[
     typer.Option("--workspace", "-w", envvar="KBSYNC_WORKSPACE", help="The folder with kbsync.yaml.", metavar="DIR"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+MEASURED = ("efficacy", "paraphrase", "specificity_drop", "drift")
+"""The numbers of a probe report, in the order in which they are shown."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -123,5 +128,4 @@ def probe_line(probe: Mapping[str, Any] | None) -> str:
     """The four numbers of a probe report in one line."""
     if not probe:
         return "not probed"
-    names = ("efficacy", "paraphrase", "specificity_drop", "drift")
-    return "  ".join(f"{name.replace('_', ' ')} {share(probe.get(name))}" for name in names)
+    return "  ".join(f"{name.replace('_', ' ')} {share(probe.get(name))}" for name in MEASURED)

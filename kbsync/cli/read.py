@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from kbsync.cli.common import AsJson, Root, emit, opened, probe_line, say, table
+from kbsync.cli.common import MEASURED, AsJson, Root, emit, opened, probe_line, say, share, table
 
 if TYPE_CHECKING:
     from kbsync.config import Workspace
@@ -174,19 +174,18 @@ def log(root: Root = Path(), as_json: AsJson = False) -> None:
         return emit([_version_json(version, holding[version.number], model.head) for version in found])
     table(
         f"versions of {model.id}",
-        ("", "version", "parent", "kind", "new", "holds", "made", "weights", "reason", "probe"),
+        ("", "version", "on", "facts", "new", "made", "weights", "effic.", "para.", "spec. drop", "drift", "reason"),
         (
             (
                 "live" if version.number == model.head else "",
                 version.number,
                 version.parent,
-                version.kind,
-                version.facts,
                 holding[version.number],
-                _short(version.created_at),
-                (version.weights_sha256 or "")[:12],
+                version.facts,
+                f"{version.created_at:%m-%d %H:%M}",
+                (version.weights_sha256 or "")[:8],
+                *(share((version.probe or {}).get(name)) for name in MEASURED),
                 version.reason,
-                probe_line(version.probe) if version.probe else "",
             )
             for version in found
         ),

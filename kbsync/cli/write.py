@@ -164,6 +164,8 @@ def say_report(report: dict[str, Any]) -> None:
         say(f"  version [bold]{number}[/] published")
     if report["probe"]:
         say(f"  {probe_line(report['probe'])}")
+    if report["seconds"]:
+        say("  " + "  ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report["seconds"].items()))
     for problem in report["problems"]:
         say(f"  [red]{escape(problem['message'])}[/]")
         if problem["hint"]:

@@ -1,0 +1,162 @@
+"""The daemon as a real process: schedule, control socket, signals, one writer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbsync.commands import perform
+from kbsync.config import Workspace
+from kbsync.errors import UsageError
+from kbsync.ledger import Ledger
+from tests.workspaces import TestWorkspace, workspace
+
+STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris"}
+PATIENCE = 90.0
+"""Seconds that a step may take on a busy machine before the test gives up."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The statistics of the tiny model are collected once for all tests here."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def made(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> TestWorkspace:
+    """A workspace that was never synced."""
+    monkeypatch.setenv("KBSYNC_CACHE", str(cache))
+    return workspace(tmp_path, STARS)
+
+
+class Running:
+    """A daemon process and the events that it has logged."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.log = root / "daemon.log"
+        with self.log.open("wb") as log:
+            command = [sys.executable, "-m", "kbsync", "daemon", "--workspace", str(root)]
+            self.process = subprocess.Popen(command, stderr=log, stdout=log)
+
+    def events(self, name: str = "") -> list[dict[str, Any]]:
+        """What it logged so far."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [event for event in lines if name in ("", event["event"])]
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until `condition` holds; fails with the log where it does not in time."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.1)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def start(made: TestWorkspace) -> Iterator[Callable[[], Running]]:
+    """Starts daemons on the workspace; none outlives the test."""
+    running: list[Running] = []
+
+    def begin() -> Running:
+        running.append(Running(made.root))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait()
+
+
+def test_an_overdue_policy_runs_once_at_start_and_sigterm_ends_with_0(
+    made: TestWorkspace, start: Callable[[], Running]
+) -> None:
+    daemon = start()
+    daemon.wait_for(lambda: daemon.events("run_finished"))
+    assert daemon.events("run_finished")[0]["status"] == "done"
+    assert [event["version"] for event in daemon.events("version_published")] == [1]
+    assert daemon.end() == 0
+    again = start()
+    again.wait_for(lambda: again.events("daemon_started"))
+    time.sleep(1)
+    assert again.events("run_finished") == []  # the next pass is due in an hour
+    assert again.end(signal.SIGINT) == 0
+
+
+def test_a_second_daemon_is_refused_and_commands_go_through_the_first(
+    made: TestWorkspace, start: Callable[[], Running]
+) -> None:
+    daemon = start()
+    daemon.wait_for(lambda: daemon.events("version_published"))
+    daemon.wait_for(lambda: daemon.events("run_finished"))
+    second = subprocess.run(
+        [sys.executable, "-m", "kbsync", "daemon", "-w", str(made.root)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert second.returncode == 1
+    assert f"in use by process {daemon.process.pid}" in second.stderr
+    assert perform(made.root, "rollback", {"to": 0}, user="ada")["version"] == 0
+    with pytest.raises(UsageError, match="no such version"):
+        perform(made.root, "rollback", {"to": 7}, user="ada")
+    made.feed(STARS | {"Sirius": "Rome"})
+    [report] = perform(made.root, "sync", {}, user="ada")["reports"]
+    assert (report["versions"], report["counts"]["held"]) == ([2], 3)
+    ledger = Ledger.open(Workspace.load(made.root).ledger_url)
+    with ledger.read() as db:
+        assert db.runs()[0].user == "ada"
+    ledger.close()
+    assert daemon.end() == 0
+    assert not Workspace.load(made.root).socket.exists()
+
+
+def test_sighup_reads_the_policies_again_and_a_broken_file_leaves_the_old_ones(
+    made: TestWorkspace, start: Callable[[], Running]
+) -> None:
+    daemon = start()
+    daemon.wait_for(lambda: daemon.events("run_finished"))
+    policy = made.root / "policies" / "sky.yaml"
+    text = policy.read_text()
+    policy.write_text(text.replace("schedule:", "shedule:"))
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for(lambda: daemon.events("reload_failed"))
+    assert "sky.yaml" in daemon.events("reload_failed")[0]["problem"]
+    policy.write_text(text.replace("policy: sky", "policy: heaven"))
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for(lambda: daemon.events("reloaded"))
+    daemon.wait_for(lambda: len(daemon.events("run_finished")) == 2)  # a new policy was never run
+    assert daemon.end() == 0
+
+
+def test_a_daemon_that_is_killed_leaves_a_workspace_that_the_next_one_takes_over(
+    made: TestWorkspace, start: Callable[[], Running]
+) -> None:
+    daemon = start()
+    daemon.wait_for(lambda: daemon.events("daemon_started"))
+    daemon.wait_for(lambda: any((made.root / "data" / "targets").glob("*.safetensors")))
+    daemon.process.kill()
+    daemon.process.wait()
+    after = start()
+    after.wait_for(lambda: [event for event in after.events("run_finished") if event["status"] == "done"])
+    ledger = Ledger.open(Workspace.load(made.root).ledger_url)
+    with ledger.read() as db:
+        statuses = [run.status for run in db.runs()]
+    ledger.close()
+    assert statuses[0] == "done"
+    assert "running" not in statuses
+    assert after.end() == 0
