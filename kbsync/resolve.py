@@ -111,36 +111,46 @@ def keep_apart(
 ) -> tuple[dict[FactKey, EditRequest], dict[FactKey, EditRequest]]:
     """Requests of which no two have one prompt and different targets (Eqn 5 for text), the `fixed` ones included.
 
-    All keys that want one prompt with different targets go back to their fallback, and so does whoever then wants what
-    a fallback or a fixed request has. A fallback that contradicts another one or a fixed one is none: the key goes.
+    Who contradicts a fixed request goes back to its fallback; then all keys that want one prompt with different targets
+    do, and so does whoever wants what a fallback has taken. A fallback that contradicts another one or a fixed one is
+    none: its key goes.
 
     Returns (what each key gets, for each key that had to go back the request it collided with). The result does not
     depend on the order of the keys, and taken as the fallback it gives itself.
     """
     fixed = list(fixed)
     safe = _peaceful(fallback, fixed)
-    settled: defaultdict[str, dict[str, EditRequest]] = defaultdict(dict)
+    taken: defaultdict[str, dict[str, EditRequest]] = defaultdict(dict)
     for request in fixed:
-        settled[request.prompt].setdefault(request.target, request)
-    open_keys: defaultdict[str, list[FactKey]] = defaultdict(list)
-    for key in sorted(wanted):
-        open_keys[wanted[key].prompt].append(key)
+        taken[request.prompt].setdefault(request.target, request)
+    chosen, blocked = dict(wanted), {}
+    asking: defaultdict[str, list[FactKey]] = defaultdict(list)
 
-    chosen, blocked, queue = dict(wanted), {}, list(open_keys)
+    def go_back(key: FactKey, rivals: Mapping[str, EditRequest]) -> None:
+        blocked[key] = next(rival for target, rival in rivals.items() if target != wanted[key].target)
+        del chosen[key]
+        if back := safe.get(key):
+            chosen[key] = back
+            taken[back.prompt].setdefault(back.target, back)
+
+    fixed_targets = {prompt: dict(targets) for prompt, targets in taken.items()}
+    for key in sorted(wanted):
+        if fixed_targets.get(wanted[key].prompt, {}).keys() - {wanted[key].target}:
+            go_back(key, fixed_targets[wanted[key].prompt])
+        else:
+            asking[wanted[key].prompt].append(key)
+    queue = list(asking)
     while queue:
         prompt = queue.pop()
-        rivals = dict(settled[prompt])
-        for key in open_keys[prompt]:
+        rivals = dict(taken[prompt])
+        for key in asking[prompt]:
             rivals.setdefault(wanted[key].target, wanted[key])
         if len(rivals) < 2:
             continue
-        for key in open_keys.pop(prompt, ()):
-            blocked[key] = next(rival for target, rival in rivals.items() if target != wanted[key].target)
-            del chosen[key]
-            if back := safe.get(key):
-                chosen[key] = back
-                settled[back.prompt].setdefault(back.target, back)
-                queue.append(back.prompt)
+        for key in asking.pop(prompt, ()):
+            go_back(key, rivals)
+            if key in chosen:
+                queue.append(chosen[key].prompt)
     return chosen, blocked
 
 

@@ -392,6 +392,16 @@ def test_a_direct_fact_never_gives_way_to_an_inverse_one() -> None:
     assert kinds(resolution) == {ROME: "prompt"}
 
 
+def test_an_inverse_that_cannot_stand_drags_no_other_along() -> None:
+    """One that says what a direct fact says already stays, beside one that contradicts it."""
+    policy = policy_of(relation={"inverse": {"relation": "holder", "prompt": TEMPLATES[0]}})
+    ann, again, bob = claim("Ann", "Ann"), written(claim("Cid", "Bob"), "Ann"), claim("Bob", "Rome")
+    said = [ann, replace(again, object=Entity("o:Bob", "Ann")), replace(bob, object=Entity("o:Rome", "Ann"))]
+    resolution = resolve(said, {}, policy)
+    assert kinds(resolution) == {FactKey("holder", "o:Rome"): "prompt"}
+    assert resolve(said, resolution.facts, policy) == resolution
+
+
 # Differences -------------------------------------------------------------------------------------------------------
 
 
@@ -432,6 +442,12 @@ def requests_of(facts: Mapping[FactKey, Fact], policy: Policy) -> Iterable[EditR
     return [render(fact, wording[key.relation]) for key, fact in facts.items()]
 
 
+def gave_way(old: Fact, facts: Mapping[FactKey, Fact], policy: Policy) -> bool:
+    """Whether a withdrawn or inverse fact would contradict what holds now: the only facts that give way to others."""
+    lesser = old.status == "withdrawn" or old.relation == "holder"
+    return lesser and bool(contradictions(requests_of(dict(facts) | {old.key: old}, policy)))
+
+
 worlds = st.lists(claims(), max_size=12)
 
 
@@ -450,7 +466,7 @@ def test_any_claims_over_any_history_satisfy_eqn_5(policy: Policy, past: list[li
         for key in blocked | set(resolution.pending):
             kept, old = facts.get(key), previous.get(key)
             confirmed = key in resolution.pending and old is None
-            assert kept == old or confirmed or (kept is None and old is not None and old.status == "withdrawn")
+            assert kept == old or confirmed or (kept is None and old is not None and gave_way(old, facts, policy))
         again = resolve(said, facts, policy)
         assert again.facts == facts
         assert diff(facts, again.facts) == []

@@ -70,12 +70,12 @@ def entities(ids: Iterable[str]) -> st.SearchStrategy[Entity]:
     return st.builds(Entity, st.sampled_from(list(ids)), st.sampled_from(LABELS))
 
 
-def claims(source: st.SearchStrategy[str] | None = None, *, most_seen: int = 3) -> st.SearchStrategy[Claim]:
+def claims(*, most_seen: int = 3) -> st.SearchStrategy[Claim]:
     """Claims of any source, mostly plain, some with ranks and dates."""
     date = st.sampled_from([None, None, None, "2010", "2011-03-04", "2011-03-04T00:00:00Z"])
     return st.builds(
         Claim,
-        source=source or st.sampled_from(SOURCES),
+        source=st.sampled_from(SOURCES),
         relation=st.just("place"),
         subject=entities(SUBJECTS),
         object=entities(OBJECTS),
