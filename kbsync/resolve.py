@@ -64,7 +64,7 @@ def resolve(claims: Iterable[Claim], previous: Mapping[FactKey, Fact], policy: P
     """The facts of the policy's relations, from the live claims and the facts accepted before.
 
     - A claim counts once its source has said it `confirm.fetches` times in a row. While claims that do not count yet
-      would change the outcome, the key is pending and keeps its previous fact.
+      would change the outcome, the key is pending and stays at its previous fact, or without one.
     - Within a source: deprecated claims are dropped, the best rank is taken, of these the ones without an end, of these
       the latest start (https://www.wikidata.org/wiki/Help:Ranking). Different objects that are left are a conflict.
     - Across sources: `order`, `newest` (by the claims' own start) or `quorum(n)`.
@@ -292,13 +292,23 @@ def _settle(
     wording: _Wording,
     fixed: Mapping[FactKey, Fact],
 ) -> Resolution:
-    """The facts that verdicts make of the previous ones, with one object per prompt, `fixed` facts included."""
+    """The facts that verdicts make of the previous ones, with one object per prompt, `fixed` facts included.
+
+    A previous fact that contradicts another one (two relations that got one template) is nothing to stay at.
+    """
+    live = {key: fact for key, fact in previous.items() if fact.status == "live"}
+    safe = _peaceful(_requests(live, wording), ())
+    standing = {key: fact for key, fact in previous.items() if key in safe or key not in live}
     facts: dict[FactKey, Fact] = {}
     for key in sorted(verdicts.keys() | previous.keys()):
-        fact = _next(verdicts.get(key, _SILENCE), previous.get(key), wording[key.relation])
+        verdict = verdicts.get(key, _SILENCE)
+        if verdict.conflict or verdict.waiting:
+            fact = standing.get(key)
+        else:
+            fact = _next(verdict.claim, previous.get(key), wording[key.relation])
         if fact is not None:
             facts[key] = fact
-    facts, collisions = _one_object_per_prompt(facts, previous, wording, fixed)
+    facts, collisions = _one_object_per_prompt(facts, standing, wording, fixed)
     conflicts = {key: verdict.conflict for key, verdict in verdicts.items() if verdict.conflict}
     return Resolution(
         facts=facts,
@@ -307,11 +317,9 @@ def _settle(
     )
 
 
-def _next(verdict: _Verdict, before: Fact | None, wording: Relation | Inverse) -> Fact | None:
-    """The fact of a key after its verdict, given the one before."""
-    if before is not None and (verdict.conflict or verdict.waiting):
-        return before
-    if claim := verdict.claim:
+def _next(claim: Claim | None, before: Fact | None, wording: Relation | Inverse) -> Fact | None:
+    """The fact of a key that is decided, given the one before."""
+    if claim is not None:
         fact = Fact(claim.relation, claim.subject, claim.object, claim.source, claim.origin)
         # A row that only moved within its source is the fact as accepted, with the origin of that day.
         return before if before is not None and replace(before, origin=fact.origin) == fact else fact

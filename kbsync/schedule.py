@@ -1,13 +1,16 @@
-"""When a policy's pass runs: its schedule as an APScheduler 3.11 trigger, and whether a pass is overdue.
+"""When a policy's pass runs: its schedule as an APScheduler 3.11 trigger, when it is due next, whether it is overdue.
+
+    scheduler.add_job(..., trigger(policy.schedule), next_run_time=next_due(policy.schedule, last_started, now))
 
 Cron expressions mean what crontab(5) says: five fields, day of the week 0 and 7 are Sunday. (APScheduler's own reading
-of numbers begins on Monday.) Times are UTC unless the schedule names another zone.
+of numbers begins on Monday.) Times are UTC unless the schedule names another zone; where a clock is put back an hour, a
+time within it comes twice, which a pass does not mind.
 """
 
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
@@ -15,7 +18,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from kbsync.config import time_zone
 from kbsync.policy import Schedule
 
-__all__ = ["overdue", "trigger"]
+__all__ = ["next_due", "overdue", "trigger"]
 
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 """Days of the week in the order of crontab(5)."""
@@ -42,6 +45,27 @@ def trigger(schedule: Schedule) -> CronTrigger | IntervalTrigger:
     return found
 
 
+def next_due(schedule: Schedule, last_started: datetime | None, now: datetime) -> datetime:
+    """When the next pass is due after the one that began at `last_started` (None: there was none); never before `now`.
+
+    All times are timezone-aware, the result is in UTC. However many passes were missed, one is due now. The schedule
+    goes on from the last pass and not from the start of the daemon, or frequent restarts would put a pass off for ever.
+    A last pass that lies in the future, because the clock was put back since, counts as begun now.
+    """
+    if last_started is None:
+        return now
+    begun = min(last_started, now)
+    due: datetime | None = trigger(schedule).get_next_fire_time(begun, begun + timedelta(microseconds=1))
+    if due is None:
+        raise ValueError(f"schedule never comes again: {schedule.cron}")
+    return max(now, due.astimezone(UTC))
+
+
+def overdue(schedule: Schedule, last_started: datetime | None, now: datetime) -> bool:
+    """Whether a pass should have begun between the last one (None: there was none) and `now`, jitter aside."""
+    return next_due(schedule.model_copy(update={"jitter": 0.0}), last_started, now) <= now
+
+
 def _weekdays(field: str) -> str:
     """The day-of-week field of crontab(5) as a list of names: `5-7` -> `fri,sat,sun`."""
     if field == "*":
@@ -64,11 +88,3 @@ def _day(text: str) -> int:
     if text in _DAYS:
         return _DAYS.index(text)
     raise ValueError(f"cron has no day of the week {text}")
-
-
-def overdue(schedule: Schedule, last_started: datetime | None, now: datetime) -> bool:
-    """Whether a pass should have begun between the last one (None: there was none) and `now`, both timezone-aware."""
-    if last_started is None:
-        return True
-    due = trigger(schedule.model_copy(update={"jitter": 0.0})).get_next_fire_time(last_started, last_started)
-    return due is not None and due <= now

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbsync.policy import Schedule
-from kbsync.schedule import overdue, trigger
+from kbsync.schedule import next_due, overdue, trigger
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)  # a Wednesday
 
@@ -60,3 +60,38 @@ def test_a_cron_schedule_is_overdue_when_a_time_lies_between() -> None:
     schedule = Schedule(cron="0 5 * * *")
     assert overdue(schedule, NOW - timedelta(hours=8), NOW)
     assert not overdue(schedule, NOW - timedelta(hours=6), NOW)
+
+
+def test_a_schedule_goes_on_from_the_last_pass_whenever_the_daemon_was_started() -> None:
+    schedule = Schedule(every=6 * 3600)
+    assert next_due(schedule, NOW - timedelta(hours=5), NOW) == NOW + timedelta(hours=1)
+    assert next_due(schedule, NOW - timedelta(hours=18), NOW) == NOW
+    assert next_due(schedule, None, NOW) == NOW
+    assert next_due(Schedule(cron="0 5 * * *"), NOW - timedelta(hours=6), NOW) == NOW + timedelta(hours=17)
+
+
+@given(st.integers(1, 3600), st.integers(0, 5000))
+def test_jitter_delays_the_next_pass_by_no_more_than_itself(jitter: int, ago: int) -> None:
+    plain, late = (
+        next_due(Schedule(every=3600, jitter=seconds), NOW - timedelta(seconds=ago), NOW) for seconds in (0, jitter)
+    )
+    assert plain <= late <= plain + timedelta(seconds=jitter)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(every=3600), Schedule(cron="0 * * * *")], ids=["every", "cron"])
+def test_a_clock_that_was_put_back_stops_no_schedule(schedule: Schedule) -> None:
+    last = NOW + timedelta(days=400)
+    assert not overdue(schedule, last, NOW)
+    assert next_due(schedule, last, NOW) == NOW + timedelta(hours=1)
+
+
+def test_a_time_that_a_night_skips_or_repeats_comes_all_the_same() -> None:
+    schedule = Schedule(cron="30 2 * * *", timezone="Europe/Berlin")
+    spring, autumn = datetime(2026, 3, 28, 12, tzinfo=UTC), datetime(2026, 10, 24, 12, tzinfo=UTC)
+    assert next_due(schedule, spring, spring) == datetime(2026, 3, 29, 1, 30, tzinfo=UTC)
+    first = next_due(schedule, autumn, autumn)
+    assert first == datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
+    assert next_due(schedule, first, first) == datetime(2026, 10, 25, 1, 30, tzinfo=UTC)
+    assert next_due(schedule, first + timedelta(hours=2), first + timedelta(hours=2)) == datetime(
+        2026, 10, 26, 1, 30, tzinfo=UTC
+    )
