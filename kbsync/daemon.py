@@ -34,7 +34,7 @@ from kbsync.ledger import Ledger
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
 from kbsync.reconcile import Reconciler
-from kbsync.schedule import overdue, trigger
+from kbsync.schedule import next_due, trigger
 
 __all__ = ["Daemon", "run_daemon"]
 
@@ -166,10 +166,14 @@ class Daemon:
                 state = db.schedule_state(name)
                 latest = db.runs(1, policy=name)
             unfinished = bool(latest) and latest[0].status in UNFINISHED
-            due = unfinished or overdue(policy.schedule, state.last_started, now)
-            first = {"next_run_time": now} if due else {}
+            first = now if unfinished else next_due(policy.schedule, state.last_started, now)
             self._scheduler.add_job(
-                self._pass, trigger(policy.schedule), args=[name], id=name, replace_existing=True, **first
+                self._pass,
+                trigger(policy.schedule),
+                args=[name],
+                id=name,
+                replace_existing=True,
+                next_run_time=first,
             )
 
     def _pass(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""When a policy's pass runs: its schedule as an APScheduler 3.11 trigger, when it is due next, whether it is overdue.
+"""When a policy's pass runs: its schedule as an APScheduler 3.11 trigger, and when it is due next.
 
     scheduler.add_job(..., trigger(policy.schedule), next_run_time=next_due(policy.schedule, last_started, now))
 
@@ -18,7 +18,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from kbsync.config import time_zone
 from kbsync.policy import Schedule
 
-__all__ = ["next_due", "overdue", "trigger"]
+__all__ = ["next_due", "trigger"]
 
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 """Days of the week in the order of crontab(5)."""
@@ -59,11 +59,6 @@ def next_due(schedule: Schedule, last_started: datetime | None, now: datetime) -
     if due is None:
         raise ValueError(f"schedule never comes again: {schedule.cron}")
     return max(now, due.astimezone(UTC))
-
-
-def overdue(schedule: Schedule, last_started: datetime | None, now: datetime) -> bool:
-    """Whether a pass should have begun between the last one (None: there was none) and `now`, jitter aside."""
-    return next_due(schedule.model_copy(update={"jitter": 0.0}), last_started, now) <= now
 
 
 def _weekdays(field: str) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbsync.policy import Schedule
-from kbsync.schedule import next_due, overdue, trigger
+from kbsync.schedule import next_due, trigger
 
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)  # a Wednesday
 
@@ -41,33 +41,21 @@ def test_a_cron_expression_that_cannot_be_meant_is_refused(cron: str) -> None:
         trigger(Schedule(cron=cron))
 
 
-def test_a_policy_that_never_ran_is_overdue() -> None:
-    assert overdue(Schedule(every=3600), None, NOW)
+def test_a_policy_that_never_ran_is_due_now() -> None:
+    assert next_due(Schedule(every=3600, jitter=60), None, NOW) == NOW
 
 
 @given(st.integers(60, 10**6), st.integers(0, 2 * 10**6))
-def test_an_interval_is_overdue_exactly_when_it_has_passed(every: int, ago: int) -> None:
-    assert overdue(Schedule(every=every), NOW - timedelta(seconds=ago), NOW) == (ago >= every)
+def test_a_pass_is_due_an_interval_after_the_last_one_however_many_were_missed(every: int, ago: int) -> None:
+    last = NOW - timedelta(seconds=ago)
+    assert next_due(Schedule(every=every), last, NOW) == max(NOW, last + timedelta(seconds=every))
 
 
-def test_three_missed_periods_are_one_overdue_pass_and_jitter_does_not_matter() -> None:
-    schedule = Schedule(every=3600, jitter=1800)
-    assert overdue(schedule, NOW - timedelta(hours=3), NOW)
-    assert not overdue(schedule, NOW - timedelta(minutes=59), NOW)
-
-
-def test_a_cron_schedule_is_overdue_when_a_time_lies_between() -> None:
+def test_a_cron_pass_is_due_now_where_a_time_lies_between() -> None:
     schedule = Schedule(cron="0 5 * * *")
-    assert overdue(schedule, NOW - timedelta(hours=8), NOW)
-    assert not overdue(schedule, NOW - timedelta(hours=6), NOW)
-
-
-def test_a_schedule_goes_on_from_the_last_pass_whenever_the_daemon_was_started() -> None:
-    schedule = Schedule(every=6 * 3600)
-    assert next_due(schedule, NOW - timedelta(hours=5), NOW) == NOW + timedelta(hours=1)
-    assert next_due(schedule, NOW - timedelta(hours=18), NOW) == NOW
-    assert next_due(schedule, None, NOW) == NOW
-    assert next_due(Schedule(cron="0 5 * * *"), NOW - timedelta(hours=6), NOW) == NOW + timedelta(hours=17)
+    assert next_due(schedule, NOW - timedelta(hours=8), NOW) == NOW
+    assert next_due(schedule, NOW - timedelta(days=30), NOW) == NOW
+    assert next_due(schedule, NOW - timedelta(hours=6), NOW) == NOW + timedelta(hours=17)
 
 
 @given(st.integers(1, 3600), st.integers(0, 5000))
@@ -81,7 +69,6 @@ def test_jitter_delays_the_next_pass_by_no_more_than_itself(jitter: int, ago: in
 @pytest.mark.parametrize("schedule", [Schedule(every=3600), Schedule(cron="0 * * * *")], ids=["every", "cron"])
 def test_a_clock_that_was_put_back_stops_no_schedule(schedule: Schedule) -> None:
     last = NOW + timedelta(days=400)
-    assert not overdue(schedule, last, NOW)
     assert next_due(schedule, last, NOW) == NOW + timedelta(hours=1)
 
 
