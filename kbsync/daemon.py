@@ -33,7 +33,7 @@ from kbsync.errors import Busy, Cancelled, KbsyncError
 from kbsync.ledger import Ledger
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
-from kbsync.reconcile import Reconciler
+from kbsync.reconcile import SCHEDULED, Reconciler
 from kbsync.schedule import next_due, trigger
 
 __all__ = ["Daemon", "run_daemon"]
@@ -182,7 +182,7 @@ class Daemon:
             if self._stopping.is_set() or name not in self._catalog.policies:
                 return
             try:
-                self._reconciler(USER, silent).sync([name], trigger="schedule")
+                self._reconciler(USER, silent).sync([name], trigger=SCHEDULED)
             except Cancelled as error:
                 log.info("pass_put_back", policy=name, reason=error.message)
                 self._again(name)

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ from kbsync.versions.files import sweep_temporary
 from kbsync.versions.store import VersionStore, named
 
 __all__ = ["Reconciler", "Report", "open_workspace"]
+
+SCHEDULED = "schedule"
+"""The trigger of a daemon's own passes: only these mind the edit window, a person's `sync` does not."""
 
 log = structlog.get_logger()
 
@@ -204,7 +207,11 @@ class Reconciler:
             snapshots, failures = self._observe(policy)
             report = self._decide(policy, line, snapshots, run_id=run_id)
             report.problems.extend(failures)
-            return report if report.status == "held" else self._finish(policy, line, report)
+            if report.status == "held":
+                return report
+            if trigger == SCHEDULED and self._outside_window():
+                return self._postpone(report)
+            return self._finish(policy, line, report)
         except Cancelled as error:
             self._end(run_id, "cancelled", error.message)
             raise
@@ -295,6 +302,18 @@ class Reconciler:
         with self.ledger.write() as db:
             db.stage(run, snapshots, report.plan.to_json(), report.plan.digest, list(report.reasons))
             db.finish_run(run, "held", "; ".join(report.reasons), report.counts)
+
+    def _outside_window(self) -> bool:
+        window = self.workspace.edit_window
+        return window is not None and not window.contains(datetime.now(UTC))
+
+    def _postpone(self, report: Report) -> Report:
+        """What was decided stays recorded; the model is edited by a pass inside the window."""
+        report.status = "postponed"
+        if report.run_id is not None:
+            window = self.workspace.settings.edit_window
+            self._end(report.run_id, "postponed", f"outside the edit window {window}", report.counts)
+        return report
 
     def _finish(self, policy: Policy, line: Line, report: Report) -> Report:
         """Carry the plan out and write the run's end."""

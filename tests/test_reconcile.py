@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,19 @@ def test_the_hook_hears_of_a_publication_and_its_failure_is_not_fatal(made: Test
     assert (made.root / "published").read_text() == "1\n"
 
 
+def test_a_scheduled_pass_outside_the_edit_window_records_and_leaves_the_model_for_later(made: TestWorkspace) -> None:
+    soon = datetime.now(UTC) + timedelta(hours=2)
+    config = made.root / "kbsync.yaml"
+    config.write_text(config.read_text() + f'edit_window: "{soon:%H:%M}-{soon + timedelta(minutes=1):%H:%M}"\n')
+    with made.open() as reconciler:
+        [report] = reconciler.sync(trigger="schedule")
+        assert (report.status, report.versions) == ("postponed", [])
+        with reconciler.ledger.read() as db:
+            assert len(db.facts()) == 5
+        [by_hand] = reconciler.sync()
+    assert by_hand.versions == [1]
+
+
 def test_the_edit_runs_in_a_child_process_of_its_own(made: TestWorkspace) -> None:
     report = sync(made, child=True)
     assert report.versions == [1]
@@ -341,8 +355,6 @@ def test_the_edit_runs_in_a_child_process_of_its_own(made: TestWorkspace) -> Non
 
 
 def test_garbage_collection_removes_only_what_no_version_names(made: TestWorkspace) -> None:
-    from datetime import timedelta
-
     sync(made)
     opened = Workspace.load(made.root)
     orphan = opened.deltas / ("0" * 64 + ".safetensors")

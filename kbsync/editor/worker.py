@@ -30,7 +30,7 @@ from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subj
 from kbsync.editor.job import EditJob, EditResult, FailedFact
 from kbsync.editor.memit import Insertion, insert
 from kbsync.editor.model import Base, load_base
-from kbsync.editor.probe import ProbeReport, probe, weights_in
+from kbsync.editor.probe import FactProbe, ProbeReport, probe, weights_in
 from kbsync.editor.statistics import Statistics, statistics_for
 from kbsync.editor.target_store import TargetStore
 from kbsync.editor.targets import Target, compute_targets
@@ -43,18 +43,19 @@ from kbsync.versions.weights import hold, live_keys, rebuild, served, weights_sh
 
 __all__ = ["main", "perform"]
 
+NO_TEXT = torch.empty(0, 0, dtype=torch.long)
+"""Held-out text of a probe that asks only for the facts."""
 LIBRARIES = ("kbsync", "torch", "transformers", "safetensors", "numpy")
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """One insertion, written, rebuilt and probed."""
+    """One insertion, written and rebuilt from what was written."""
 
     requests: list[EditRequest]
     active: tuple[ActiveDelta, ...]
     delta: str | None
     matrices: dict[str, Tensor]
-    report: ProbeReport
     insertion: Insertion | None
 
 
@@ -131,7 +132,7 @@ class _Editor:
         return found
 
     def attempt(self, requests: list[EditRequest], targets: Mapping[str, Target]) -> _Attempt:
-        """Insert `requests` beside the columns that stay, write the delta, rebuild the weights from the file, probe."""
+        """Insert `requests` beside the columns that stay, write the delta, rebuild the weights from the file."""
         kept = self.keep(self._live(requests))
         insertion, sha256, active = None, None, kept
         if requests:
@@ -149,17 +150,25 @@ class _Editor:
                 )
             sha256 = write_delta(Path(self.job.deltas), insertion.delta)
             active = (*kept, ActiveDelta(delta=sha256))
+        return _Attempt(requests, active, sha256, self.served(self.masters(active)), insertion)
+
+    def failing(self, attempt: _Attempt) -> list[FailedFact]:
+        """The facts that the attempt's weights do not answer."""
         with self.timed("probe"):
-            matrices = self.served(self.masters(active))
-            report = probe(
+            report = probe(self.base, attempt.matrices, attempt.requests, controls=NO_CONTROLS, holdout=NO_TEXT)
+        return [FailedFact(digest=fact.digest, evidence=_evidence(fact)) for fact in report.failed]
+
+    def report(self, attempt: _Attempt) -> ProbeReport:
+        """All that the gate judges, on the attempt's weights."""
+        with self.timed("probe"):
+            return probe(
                 self.base,
-                matrices,
-                requests,
+                attempt.matrices,
+                attempt.requests,
                 controls=self._controls(),
                 holdout=self.statistics.holdout,
                 progress=self.progress,
             )
-        return _Attempt(requests, active, sha256, matrices, report, insertion)
 
     def _live(self, requests: Sequence[EditRequest]) -> list[tuple[str, tuple[int, ...]]]:
         """The columns to keep, without those that `requests` supersede."""
@@ -209,10 +218,9 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
     editor.job = job = _without_superseded(job, [digest for digest, answered in known.items() if answered])
     with editor.timed("targets"):
         targets = editor.targets(requests)
-    attempt, failed = editor.attempt(requests, targets), []
-    if bad := attempt.report.failed:
-        digests = {fact.digest for fact in bad}
-        failed = [FailedFact(digest=fact.digest, evidence=_evidence(fact.answer, fact.probability)) for fact in bad]
+    attempt = editor.attempt(requests, targets)
+    if failed := editor.failing(attempt):
+        digests = {fact.digest for fact in failed}
         attempt = editor.attempt([request for request in requests if request.digest not in digests], targets)
     return EditResult(
         active=attempt.active,
@@ -224,7 +232,7 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
         columns=tuple(request.digest for request in attempt.requests),
         failed=tuple(failed),
         known=known,
-        probe=attempt.report.to_json(),
+        probe=editor.report(attempt).to_json(),
         numerics=_numerics(attempt, targets) | {"retention": editor.retention(attempt.matrices)},
         seconds={phase: round(value, 3) for phase, value in editor.seconds.items()},
         libraries={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
@@ -259,8 +267,8 @@ def _without_superseded(job: EditJob, digests: Sequence[str]) -> EditJob:
     return job.model_copy(update={"live": live})
 
 
-def _evidence(answer: str, probability: float) -> str:
-    return f"the edited model answers {answer!r} (probability of the object {probability:.2g})"
+def _evidence(fact: FactProbe) -> str:
+    return f"the edited model answers {fact.answer!r} (probability of the object {fact.probability:.2g})"
 
 
 def _numerics(attempt: _Attempt, targets: Mapping[str, Target]) -> dict[str, Any]:
