@@ -1,7 +1,8 @@
 """Text for the covariance statistics: sampled from the model itself, from a file, or from a Hugging Face data set.
 
 The model's own text needs no download and serves as well as encyclopedic text, if it starts from many different words:
-from the start token alone a model writes little but what it saw most.
+from the start token alone a model writes little but what it saw most. The first position of a text is where attention
+goes to rest, and what stands there is hardly read, so the words are written after the token that parts documents.
 
     corpus = corpus_for(base, "self", tokens=20_000, seed=0)
     corpus.blocks[0]                          # [t] int64
@@ -32,6 +33,8 @@ BATCH_TOKENS = 8192
 """Tokens in one batch, whatever the model's context length: bounds the memory of sampling and of collecting."""
 _BLOCK = 64
 """Longest block in tokens: about what an edit's prompt with its context is, and little cache to carry along."""
+_SEPARATOR = "<|endoftext|>"
+"""What parts documents in the training text of GPT-2, Qwen2, SmolLM2 and others, whatever their chat format is."""
 _HOLDOUT = 2000
 """Tokens kept apart for measuring drift, at most a tenth of a small text."""
 _READ = 64_000_000
@@ -87,17 +90,30 @@ def sample(
 ) -> Tensor:
     """Continue `starts` [b, s] int64 to [b, length] by sampling at temperature 1; special tokens are never drawn.
 
+    Written as at the beginning of a document: after the separator, which is no part of what is returned.
     `generator` is a CPU generator: the draws do not depend on the device, only the probabilities do, by rounding.
     """
+    before = _separator(base.tokenizer)
+    unread = torch.cat([torch.tensor(before, dtype=torch.int64).expand(len(starts), -1), starts], dim=1)
+    cache = StaticCache(config=base.network.config, max_cache_len=len(before) + length)
     ids = starts
-    cache = StaticCache(config=base.network.config, max_cache_len=length)
     while ids.shape[1] < length:
-        new = ids if ids is starts else ids[:, -1:]
-        logits = base.network(new.to(base.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        drawn = _draw(base, logits[:, -1].float().cpu(), generator, top_k)  # [b, 1]
-        ids = torch.cat([ids, drawn], dim=1)
+        logits = base.network(unread.to(base.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        unread = _draw(base, logits[:, -1].float().cpu(), generator, top_k)  # [b, 1]
+        ids = torch.cat([ids, unread], dim=1)
         progress("sample", ids.shape[1], length)
     return ids
+
+
+def _separator(tokenizer: Any) -> list[int]:
+    """The token that parts documents, where the tokenizer does not put one before every text itself."""
+    if tokenizer("").input_ids:
+        return []
+    index = tokenizer.convert_tokens_to_ids(_SEPARATOR)
+    if index is not None and tokenizer.convert_ids_to_tokens(index) == _SEPARATOR:
+        return [int(index)]
+    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [] if found is None else [int(found)]
 
 
 def _draw(base: Base, logits: Tensor, generator: torch.Generator, top_k: int | None) -> Tensor:
@@ -113,7 +129,7 @@ def _draw(base: Base, logits: Tensor, generator: torch.Generator, top_k: int | N
 
 def _own_text(base: Base, tokens: int, seed: int, progress: Progress) -> Corpus:
     """Sequences of one length, each from another first word, sampled in as few batches as memory allows."""
-    length = min(_BLOCK, int(base.network.config.max_position_embeddings))
+    length = min(_BLOCK, int(base.network.config.max_position_embeddings) - 1)
     kept, held = -(-tokens // length), -(-_HOLDOUT // length)
     generator = torch.Generator().manual_seed(seed)
     starts = _starts(base, kept + held, generator)

@@ -253,7 +253,10 @@ def _load(folder: Path, key: Mapping[str, Any]) -> Statistics:
 
 def _problem(folder: Path) -> str:
     try:
-        _load(folder, json.loads((folder / _RECORD).read_text(encoding="utf-8"))["key"])
+        key = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["key"]
+        if digest_of(key) != folder.name:
+            return f"{folder}: these statistics are of another model or other settings than their folder's name says"
+        _load(folder, key)
     except StoreError as error:
         return error.message
     except (OSError, ValueError, KeyError, TypeError) as error:
