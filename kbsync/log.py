@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, TextIO
 
 import structlog
@@ -20,9 +20,19 @@ import structlog
 __all__ = ["configure", "redact"]
 
 HIDDEN = "[hidden]"
-_SECRET_KEY = re.compile(r"password|passwd|secret|token|api_?key|authorization|credential", re.IGNORECASE)
-_URL_CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/\s:@]+:[^/\s]*@", re.IGNORECASE)
-_BEARER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]+", re.IGNORECASE)
+_WORDS = r"password|passwd|secret|token\b|api_?key|authorization|credential"
+"""What names a secret; `tokens` and `token_budget` are counts."""
+_SECRET_KEY = re.compile(_WORDS, re.IGNORECASE)
+_HIDE = (
+    (re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
+    (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
+    # `password=x`, `?api_key=x&`, `"token": "x"`
+    (
+        re.compile(rf"""([\w-]*(?:{_WORDS})[\w-]*(?:["']\s*:|=)\s*)("[^"]*"|'[^']*'|[^\s&;,'"]+)""", re.IGNORECASE),
+        rf"\1{HIDDEN}",
+    ),
+)
+"""Where texts carry credentials: user and password of a URL, an Authorization header, a setting."""
 
 Event = MutableMapping[str, Any]
 
@@ -43,11 +53,13 @@ def configure(*, level: str = "info", stream: TextIO | None = None, as_json: boo
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    render: list[Any] = (
-        [structlog.processors.format_exc_info, redact, structlog.processors.JSONRenderer(sort_keys=True)]
+    # Tracebacks become text first, or they would pass by `redact`; without local variables, which may hold anything.
+    last = (
+        structlog.processors.JSONRenderer(sort_keys=True)
         if plain
-        else [redact, structlog.dev.ConsoleRenderer(colors=True)]
+        else structlog.dev.ConsoleRenderer(colors=True, exception_formatter=structlog.dev.plain_traceback)
     )
+    render: list[Any] = [structlog.processors.format_exc_info, redact, last]
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render]
     )
@@ -64,17 +76,25 @@ def configure(*, level: str = "info", stream: TextIO | None = None, as_json: boo
 
 
 def redact(_logger: object, _method: str, event: Event) -> Event:
-    """A structlog processor: hide the values of secret-looking keys and credentials inside texts, at any depth."""
+    """A structlog processor: hide the values of secret-looking keys and credentials inside texts, at any depth.
+
+    What is neither a number, a text nor a container becomes text.
+    """
     for key, value in event.items():
-        event[key] = HIDDEN if _SECRET_KEY.search(key) else _redacted(value)
+        event[key] = _redacted(key, value)
     return event
 
 
-def _redacted(value: Any) -> Any:
-    if isinstance(value, str):
-        return _BEARER.sub(rf"\1 {HIDDEN}", _URL_CREDENTIALS.sub(rf"\g<scheme>{HIDDEN}@", value))
-    if isinstance(value, dict):
-        return {key: HIDDEN if _SECRET_KEY.search(str(key)) else _redacted(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redacted(inner) for inner in value]
-    return value
+def _redacted(key: object, value: Any) -> Any:
+    if _SECRET_KEY.search(str(key)):
+        return HIDDEN
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(inner): _redacted(inner, each) for inner, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_redacted("", each) for each in value]
+    text = repr(value) if isinstance(value, BaseException) else str(value)
+    for pattern, replacement in _HIDE:
+        text = pattern.sub(replacement, text)
+    return text
