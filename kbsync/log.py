@@ -24,11 +24,11 @@ _WORDS = r"password|passwd|secret|token\b|api_?key|authorization|credential"
 """What names a secret; `tokens` and `token_budget` are counts."""
 _SECRET_KEY = re.compile(_WORDS, re.IGNORECASE)
 _HIDE = (
-    (re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
+    (re.compile(r"://[^/\s]+@"), f"://{HIDDEN}@"),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
     # `password=x`, `?api_key=x&`, `"token": "x"`
     (
-        re.compile(rf"""([\w-]*(?:{_WORDS})[\w-]*(?:["']\s*:|=)\s*)("[^"]*"|'[^']*'|[^\s&;,'"]+)""", re.IGNORECASE),
+        re.compile(rf"""((?:{_WORDS})[\w-]*(?:["']\s*:|=)\s*)("[^"]*"|'[^']*'|[^\s&;,'"]+)""", re.IGNORECASE),
         rf"\1{HIDDEN}",
     ),
 )
