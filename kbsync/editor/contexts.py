@@ -7,9 +7,11 @@ Source: Meng et al. 2022, arXiv 2210.07229, and `get_context_templates` of its a
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kbsync.editor.corpus import sample
 from kbsync.editor.model import Base
@@ -26,14 +28,15 @@ _NEUTRAL = "Please complete this sentence."
 
 def sample_contexts(base: Base, seed: int) -> tuple[str, ...]:
     """`{}`, then five texts of 10 tokens, each followed by `. {}`. Deterministic for a seed on the same machine."""
+    starts = [base.tokenizer(start).input_ids for start in _STARTS]
     generator = torch.Generator().manual_seed(seed)
-    found = ["{}"]
-    for start in _STARTS:
-        ids = torch.tensor([base.tokenizer(start).input_ids])
-        written = sample(base, ids, max(_TOKENS, ids.shape[1]), generator, top_k=_TOP_K)[0]
-        text = base.tokenizer.decode(written, skip_special_tokens=True).replace("{", " ").replace("}", " ")
-        found.append(" ".join(text.split()) + ". {}")
-    return tuple(found)
+    written: dict[int, Tensor] = {}
+    for length in sorted({len(ids) for ids in starts}):  # mostly one batch: common words are single tokens
+        rows = [row for row, ids in enumerate(starts) if len(ids) == length]
+        batch = torch.tensor([starts[row] for row in rows])
+        written |= zip(rows, sample(base, batch, max(_TOKENS, length), generator, top_k=_TOP_K), strict=True)
+    texts = (base.tokenizer.decode(written[row], skip_special_tokens=True) for row in range(len(starts)))
+    return ("{}", *(" ".join(re.sub("[{}]", " ", text).split()) + ". {}" for text in texts))
 
 
 def chat_context(base: Base) -> str:
