@@ -110,7 +110,6 @@ class Relation(_Wording):
     inverse: Inverse | None = None
     cardinality: Literal["one", "many"] = "one"
     skip_known: bool = False
-    holdout: Share | None = None
     protected: tuple[str, ...] = ()
     """Subject ids whose facts are recorded but never edited."""
 
