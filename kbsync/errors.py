@@ -84,7 +84,8 @@ class ConfigError(UsageError):
 
     def __init__(self, problem: str, *, file: Path | str, line: int = 0, key: str = "", hint: str = "") -> None:
         place = f"{file}:{line}" if line else str(file)
-        super().__init__(f"{place}: {key}: {problem}" if key else f"{place}: {problem}", hint=hint)
+        message = f"{place}: {key}: {problem}" if key else f"{place}: {problem}"
+        super().__init__(message, hint=hint or "correct it, then: kbsync check")
         self.file = Path(file)
         self.line = line
         self.key = key

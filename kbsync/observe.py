@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 from tenacity import RetryCallState, Retrying, retry_if_exception_type
-from tenacity.wait import wait_exponential_jitter
+from tenacity.wait import wait_random_exponential
 
 from kbsync.connectors import Connector
 from kbsync.errors import SourceBlocked, SourceError, SourceUnavailable
@@ -88,7 +88,7 @@ def _enough(state: RetryCallState) -> bool:
 
 
 def _wait(state: RetryCallState) -> float:
-    backoff = wait_exponential_jitter(initial=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)(state)
+    backoff = wait_random_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)(state)
     return max(backoff, _wish(state) or 0.0)
 
 

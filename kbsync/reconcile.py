@@ -110,7 +110,7 @@ class Reconciler:
     user: str
     progress: Progress = silent
     cancelled: threading.Event = field(default_factory=threading.Event)
-    run_edit: Callable[..., EditResult] = run_edit
+    run_edit: Callable[..., EditResult] = field(default_factory=lambda: run_edit)
 
     def recover(self) -> None:
         """What a process that ended in the middle left behind: its runs are over, its temporary files go. For the

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from kbsync.cli import daemon, demo, model, read, setup, write
 from kbsync.errors import KbsyncError
+from kbsync.log import configure
 
 __all__ = ["app", "main"]
 
@@ -29,6 +30,7 @@ for part in (setup.app, write.app, read.app, model.app, daemon.app, demo.app):
 
 def main() -> None:
     """Run the command line."""
+    configure(level="warning")
     try:
         app()
     except KbsyncError as error:

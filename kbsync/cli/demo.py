@@ -25,10 +25,8 @@ def demo(
     """Watch a real model learn a feed, learn a change of it, and lose it in a rollback."""
     from kbsync.demo import MODEL, Demo
     from kbsync.hub import pull
-    from kbsync.log import configure
 
     console.quiet = as_json
-    configure(level="warning")
     pull(MODEL)
     with tempfile.TemporaryDirectory(prefix="kbsync-demo-") as scratch:
         results = Demo(keep if keep is not None else Path(scratch) / "workspace").run()

@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from kbsync.editor.model import Base
+from kbsync.errors import ModelError
 
 __all__ = ["ADAPTERS", "Layers", "Packed", "Past", "inputs_of"]
 
@@ -150,8 +151,10 @@ class _Attention:
     def __init__(self, packed: Packed, *, keep: bool) -> None:
         self.packed = packed
         self.kept: list[Tensor] | None = [] if keep else None
+        self.calls = 0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None) -> Tensor:
+        self.calls += 1
         query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # [N, heads, size]
         if self.kept is not None:
             self.kept.append(torch.stack((key, value)))
@@ -223,7 +226,10 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 class Layers:
-    """The blocks of a base model, run by stretches. Hidden states are [N, d] in the model's dtype."""
+    """The blocks of a base model, run by stretches. Hidden states are [N, d] in the model's dtype.
+
+    Running raises ModelError where the blocks attend in a way of their own.
+    """
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -267,6 +273,12 @@ class Layers:
             for index in stretch:
                 found = self.base.layer(index)(hidden, **arguments)
                 hidden = found[0] if isinstance(found, tuple) else found
+        if attention.calls != len(stretch):
+            # A block that attends in its own way would have mixed the rows without a word.
+            raise ModelError(
+                f"the attention of {self.base.spec.family} models cannot keep packed rows apart",
+                hint="use a transformers version in which this family has an attention interface",
+            )
         return hidden[0]
 
     @contextmanager

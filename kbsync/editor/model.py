@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from kbsync.errors import EditError, ModelError
 
@@ -155,6 +156,7 @@ def load_base(folder: Path, *, fingerprint: str, device: str = "auto", dtype: st
     `dtype`: auto (the checkpoint's), float32, bfloat16, float16, float64. Raises ModelError for quantised weights,
     a slow tokenizer (its offsets cannot be trusted) and unknown families.
     """
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # kbsync draws its own, where wanted
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder}: the weights are quantised", hint="use the unquantised checkpoint of this model")

@@ -1,0 +1,284 @@
+"""The command line on a tiny real model: what is printed, as text and as JSON; errors in one line with a hint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbsync.cli import main
+from tests.workspaces import TestWorkspace, run_here, workspace
+
+STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache for all tests here; edits in this process (their own process is tested elsewhere)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KBSYNC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("kbsync.reconcile.run_edit", run_here)
+        patch.setenv("COLUMNS", "200")
+        yield
+
+
+class Line:
+    """Runs command lines on a workspace."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root = root
+        self._capsys = capsys
+
+    def run(self, *arguments: str, code: int = 0) -> str:
+        """What the command prints on stdout; it must end with `code`."""
+        return self._run(arguments, code)[0]
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        """The JSON document that it prints."""
+        return json.loads(self._run((*arguments, "--json"), code)[0])
+
+    def fails(self, *arguments: str, code: int) -> tuple[str, str]:
+        """(error, hint) of a command that must fail: two lines on stderr and no traceback."""
+        lines = self._run(arguments, code)[1].strip().splitlines()
+        assert len(lines) == 2, lines
+        assert lines[0].startswith("error: ")
+        assert lines[1].startswith("hint: ")
+        return lines[0].removeprefix("error: "), lines[1].removeprefix("hint: ")
+
+    def _run(self, arguments: tuple[str, ...], code: int) -> tuple[str, str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["kbsync", *arguments, "--workspace", str(self.root)])
+            with pytest.raises(SystemExit) as caught:
+                main()
+        out, err = self._capsys.readouterr()
+        assert (caught.value.code or 0) == code, out + err
+        return out, err
+
+
+@pytest.fixture
+def line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Line:
+    """Command lines on a workspace that was never synced."""
+    workspace(tmp_path, STARS)
+    capsys.readouterr()
+    return Line(tmp_path, capsys)
+
+
+def feed(line: Line, rows: dict[str, str]) -> None:
+    """Let the feed say `rows`."""
+    TestWorkspace(line.root).feed(rows)
+
+
+def test_a_user_syncs_looks_asks_and_rolls_back(line: Line) -> None:
+    assert "3 edits" in line.run("plan")
+    assert "version 1 published" in line.run("sync")
+    feed(line, STARS | {"Vega": "Rome", "Sirius": "French"})
+    [report] = line.json("sync")["reports"]
+    assert (report["status"], report["versions"], report["counts"]["edits"]) == ("done", [2], 2)
+
+    log = line.json("log")
+    assert [(version["number"], version["live"], version["holds"]) for version in log] == [
+        (2, True, 4),
+        (1, False, 3),
+        (0, False, 0),
+    ]
+    changes = line.json("changes", "--since", "1")
+    assert {(row["kind"], row["subject"], row["before"], row["after"], row["version"]) for row in changes} == {
+        ("changed", "Vega", "Orion", "Rome", 2),
+        ("added", "Sirius", None, "French", 2),
+    }
+    history = line.json("history", "Vega")
+    assert [(row["object"], row["versions"], row["origin"]) for row in history] == [
+        ("Orion", [1], "line 2"),
+        ("Rome", [2], "line 2"),
+    ]
+    assert {row["subject"] for row in line.json("diff", "1", "2")} == {"Vega", "Sirius"}
+    asked = line.json("ask", "Where is Vega", "--compare", "0", "--object", "Rome")
+    assert [found["version"] for found in asked["versions"]] == [2, 0]
+    assert asked["versions"][0]["answer"].startswith("Rome")
+    assert asked["versions"][0]["probabilities"]["Rome"] > asked["versions"][1]["probabilities"]["Rome"]
+
+    assert line.json("rollback", "--to", "1")["version"] == 1
+    assert len(line.json("holds")["holds"]) == 2
+    assert line.json("status")["holds"] == 2
+    assert line.json("release", "Vega", "constellation")["released"] == 1
+    assert line.json("verify") == {"problems": []}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check"],
+        ["doctor"],
+        ["status"],
+        ["runs"],
+        ["log"],
+        ["show", "1"],
+        ["diff", "0", "1"],
+        ["facts"],
+        ["facts", "--as-of", "2020-01-01"],
+        ["history", "Vega", "constellation"],
+        ["changes", "--since", "2020-01-01"],
+        ["conflicts", "list"],
+        ["holds"],
+        ["model", "show"],
+        ["statistics", "verify"],
+        ["verify"],
+        ["gc", "--dry-run"],
+        ["plan"],
+        ["revert", "--fact", "Vega", "constellation"],
+        ["revert", "1"],
+    ],
+    ids=" ".join,
+)
+def test_each_command_prints_text_and_one_json_document(line: Line, arguments: list[str]) -> None:
+    line.run("sync")
+    if arguments[0] != "revert":
+        assert line.run(*arguments).strip()
+    line.json(*arguments)
+
+
+def test_facts_as_of_a_time_are_those_that_kbsync_knew_then(line: Line) -> None:
+    line.run("sync")
+    before = line.json("runs")[0]["finished_at"]
+    feed(line, STARS | {"Vega": "Rome"})
+    line.run("sync")
+    then = {row["subject"]: row["object"] for row in line.json("facts", "--as-of", before)}
+    now = {row["subject"]: row["object"] for row in line.json("facts")}
+    assert (then["Vega"], now["Vega"]) == ("Orion", "Rome")
+
+
+def test_an_export_loads_in_transformers_and_gives_the_same_logits(line: Line, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import kbsync
+
+    line.run("sync")
+    line.run("export", "live", str(tmp_path / "out"))
+    live = kbsync.load_model(line.root)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([live.tokenizer("Where is Vega").input_ids])
+    assert torch.equal(again(ids).logits, live.network(ids).logits)
+
+
+def write(line: Line, name: str, text: str) -> None:
+    """Put a file into the workspace."""
+    (line.root / name).write_text(text, encoding="utf-8")
+
+
+def replace(line: Line, name: str, old: str, new: str) -> None:
+    """Change a file of the workspace."""
+    text = (line.root / name).read_text(encoding="utf-8")
+    assert old in text
+    write(line, name, text.replace(old, new))
+
+
+SKY, SOURCE, FEED = "policies/sky.yaml", "sources/stars.yaml", "sources/stars.csv"
+BAD_FILES: dict[str, tuple[Callable[[Line], None], int, str]] = {
+    "broken YAML": (lambda it: write(it, SKY, "policy: [sky\n"), 2, "sky.yaml:"),
+    "unknown key": (lambda it: replace(it, SKY, "schedule:", "shedule:"), 2, "shedule"),
+    "duplicate key": (lambda it: replace(it, SKY, "policy: sky", "policy: sky\npolicy: sea"), 2, "sky.yaml:2"),
+    "no subject": (lambda it: replace(it, SKY, "Where is {subject}", "Where is it"), 2, "{subject}"),
+    "two subjects": (lambda it: replace(it, SKY, "Where is {subject}", "{subject} {subject}"), 2, "{subject}"),
+    "missing prompt": (lambda it: replace(it, SKY, 'prompt: "Where is {subject}"', "protected: []"), 2, "prompt"),
+    "missing feed": (lambda it: (it.root / FEED).unlink(), 2, "stars.csv"),
+}
+BAD_FEEDS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "header"),
+    "wrong header": (b"id,star,where\nvega,Vega,Orion\n", "name"),
+    "invalid UTF-8": (b"id,name,constellation\nvega,V\xff,Orion\n", "UTF-8"),
+    "NUL": (b"id,name,constellation\nvega,Ve\0ga,Orion\n", "NUL"),
+    "10 MB field": (b"id,name,constellation\nvega," + b"V" * 10_000_000 + b",Orion\n", "field"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_wrong_file_is_one_line_that_names_it_and_a_hint(line: Line, what: str) -> None:
+    spoil, code, named = BAD_FILES[what]
+    spoil(line)
+    error, _hint = line.fails("check", code=code) if what != "missing feed" else (line.run("sync", code=1), "")
+    assert named in error
+
+
+@pytest.mark.parametrize("what", BAD_FEEDS)
+def test_a_broken_feed_fails_the_run_and_leaves_facts_and_weights_as_they_were(line: Line, what: str) -> None:
+    line.run("sync")
+    before = line.json("facts")
+    body, named = BAD_FEEDS[what]
+    (line.root / FEED).write_bytes(body)
+    [report] = line.json("sync", code=1)["reports"]
+    assert report["status"] == "failed"
+    [problem] = report["problems"]
+    assert named.lower() in problem["message"].lower()
+    assert "\n" not in problem["message"]
+    assert line.json("facts") == before
+    assert line.json("log")[0]["number"] == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("x,   ,Orion", "empty"),
+        ("x,Ve{ga},Orion", "brace"),
+        ("x,Orion,Orion", "same"),
+        ("x,Altair", "2"),
+        ("x,Altair,Orion,more", "4"),
+    ],
+)
+def test_a_bad_row_goes_to_quarantine_with_its_line_and_the_rest_goes_on(line: Line, row: str, reason: str) -> None:
+    path = line.root / FEED
+    path.write_text(path.read_text() + row + "\n")
+    [report] = line.json("sync")["reports"]
+    assert (report["status"], report["counts"]["quarantined"], report["versions"]) == ("done", 1, [1])
+    [found] = line.json("conflicts", "list")["quarantined"]
+    assert found["row"]["origin"] == "line 5"
+    assert found["row"]["reason"]
+
+
+def test_two_subjects_with_one_label_and_different_objects_wait_in_conflict(line: Line) -> None:
+    path = line.root / FEED
+    path.write_text(path.read_text() + "other,Vega,Rome\n")
+    [report] = line.json("sync")["reports"]
+    assert (report["counts"]["conflicts"], report["counts"]["edits"]) == (2, 2)
+    assert {row["conflict"]["kind"] for row in line.json("conflicts", "list")["conflicts"]} == {"prompt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["rollback", "--to", "9"], 2, "9"),
+        (["show", "9"], 2, "9"),
+        (["revert", "9"], 2, "9"),
+        (["approve", "9"], 2, "9"),
+        (["sync", "nothing"], 2, "nothing"),
+        (["ask", "x", "--version", "new"], 2, "new"),
+        (["changes", "--since", "yesterday"], 2, "yesterday"),
+        (["release", "Nobody", "constellation"], 2, "Nobody"),
+        (["export", "live", "out", "--format", "gguf"], 2, "gguf"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_users_mistake_is_one_line_and_a_hint(line: Line, arguments: list[str], code: int, named: str) -> None:
+    line.run("sync")
+    error, hint = line.fails(*arguments, code=code)
+    assert named in error
+    assert hint
+
+
+def test_a_folder_that_is_no_workspace_is_named_with_the_command_to_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error, hint = Line(tmp_path / "nowhere", capsys).fails("status", code=2)
+    assert "kbsync.yaml" in error
+    assert "kbsync init" in hint
+
+
+def test_init_makes_a_workspace_that_check_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = Line(tmp_path / "new", capsys)
+    assert "kbsync.yaml" in line.run("init")
+    assert line.json("check")["policies"] == ["astronomy", "us-elections"]
+    line.fails("init", code=2)
