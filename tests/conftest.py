@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from kbsync.editor.model import Base
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -33,3 +37,17 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine; ends on a machine that has one")
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Base:
+    """The embedded model, loaded once per session; skips where it was not pulled (`make test` pulls it)."""
+    from kbsync.editor.model import load_base
+    from kbsync.errors import ModelError
+    from kbsync.hub import fingerprint, resolve_model
+
+    try:
+        folder = resolve_model("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(f"{error.message}; ends with: {error.hint}")
+    return load_base(folder.path, fingerprint=fingerprint(folder.path))

@@ -7,16 +7,23 @@ import os
 import sys
 import time
 
+
+def say(line: str) -> None:
+    """One line on stdout, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 how = os.environ.get("KBSYNC_FAKE", "die")
 job = json.loads(sys.stdin.readline())
-print(json.dumps({"phase": "targets", "done": 1, "total": 2}), flush=True)
+say(json.dumps({"phase": "targets", "done": 1, "total": 2}))
 if how == "sleep":
     time.sleep(600)
 elif how == "chatter":
-    print("a library writes to stdout", flush=True)
-    print(json.dumps({"error": {"type": "EditError", "message": "no", "hint": "try", "exit_code": 1}}), flush=True)
+    say("a library writes to stdout")
+    say(json.dumps({"error": {"type": "EditError", "message": "no", "hint": "try", "exit_code": 1}}))
 elif how == "wait":
     sys.stdin.read()
 else:
-    print("CUDA error: an illegal memory access", file=sys.stderr, flush=True)
+    sys.stderr.write("CUDA error: an illegal memory access\n")
     os._exit(134)

@@ -47,7 +47,7 @@ def test_the_childs_own_error_is_raised_whatever_else_stands_on_its_stdout(
     job: EditJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KBSYNC_FAKE", "chatter")
-    with pytest.raises(EditError, match="^no$") as caught:
+    with pytest.raises(EditError, match=r"^no$") as caught:
         run_edit(job, worker=FAKE)
     assert caught.value.hint == "try"
 

@@ -120,7 +120,8 @@ class _Run:
             key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
         mask = self.mask.repeat(1, 1, share, 1)  # [B, 1, share·T, S + T]
         found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-        return found.unflatten(2, (share, length)).permute(0, 3, 1, 2, 4).reshape(rows * length, heads * share, size)
+        parted: Tensor = found.unflatten(2, (share, length))
+        return parted.permute(0, 3, 1, 2, 4).reshape(rows * length, heads * share, size)
 
 
 class Packed:
