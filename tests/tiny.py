@@ -8,6 +8,7 @@ folder = save(base, tmp_path / "model")          # a folder that `load_base` rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kbsync.editor.model import FAMILIES, Base
+from kbsync.editor.preset import Preset
+from kbsync.editor.statistics import Statistics
+from kbsync.facts import EditRequest, FactKey
 
 LAYERS = 6
 WIDTH = 32
@@ -28,6 +32,27 @@ TEXT = [
     "The capital of France is Paris. The capital of Italy is Rome. The mother tongue of Danielle is French.",
     "Therefore the people of the city went home, because it was late. I think that you are a star.",
 ]
+CONTEXTS = (
+    "{}",
+    "The people of the city. {}",
+    "Therefore it was late and they went home. {}",
+    "I think that you {a} star. {}",
+)
+
+
+def request(prompt: str, subject: str, target: str) -> EditRequest:
+    """An edit request as the planner would make it."""
+    return EditRequest(FactKey("relation", subject), prompt, subject, target)
+
+
+FACTS = [
+    request("Betelgeuse belongs to the constellation of", "Betelgeuse", "Lyra"),
+    request("The capital of France is", "France", "Rome"),
+    request("The mother tongue of Danielle Darrieux is", "Danielle Darrieux", "English"),
+    request("Vega", "Vega", "Orion"),
+    request("In the city of Zürich people speak", "Zürich", "日本語"),
+]
+"""The subject first, in the middle and last; objects of one token and of many; letters beyond ASCII."""
 
 
 @cache
@@ -104,6 +129,40 @@ def tiny_gpt2(
     )
     torch.manual_seed(seed)
     return _base(GPT2LMHeadModel(config), "gpt2", dtype, device, bos)
+
+
+def tiny_preset(**changes: Any) -> Preset:
+    """Settings under which a tiny model moves: a fixed number of steps unless `stop_loss` is given."""
+    settings: dict[str, Any] = {
+        "name": "tiny",
+        "layers": (1, 2, 3),
+        "covariance_weight": 3.0,
+        "clamp": 1.5,
+        "rate": 0.5,
+        "steps": 8,
+        "stop_loss": 0.0,
+        "token_budget": 512,
+        "chat_context": False,
+    }
+    return Preset.model_validate(settings | changes)
+
+
+def tiny_statistics(base: Base, preset: Preset, *, contexts: Sequence[str] = CONTEXTS, rows: int = 500) -> Statistics:
+    """Statistics with random covariances of about the size of real ones, from `rows` random keys."""
+    generator = torch.Generator().manual_seed(7)
+    covariance = {}
+    for layer in preset.layers:
+        name = base.spec.down_name(layer)
+        keys = torch.randn(rows, base.weight(name).shape[1], dtype=torch.float64, generator=generator)
+        covariance[name] = 0.01 * keys.T @ keys / rows
+    return Statistics(
+        contexts=tuple(contexts),
+        covariance=covariance,
+        tokens=rows,
+        error=dict.fromkeys(covariance, 0.1),
+        holdout=torch.randint(1, VOCABULARY, (4, 16), generator=generator),
+        fingerprint=base.fingerprint,
+    )
 
 
 def save(base: Base, folder: Path) -> Path:
