@@ -28,7 +28,7 @@ __all__ = ["STARS", "Demo"]
 STARS = 24
 """Rows of the shipped star catalog that the demonstration begins with."""
 ADDED = 3
-SHOWN_BEFORE = 28
+SHOWN_BEFORE = 22
 """Characters of an answer that a table shows: a model that does not know goes on for long."""
 MODEL = "smollm2-135m"
 RELATION = "constellation"
@@ -127,7 +127,7 @@ class Demo:
                     old.expected,
                     old.answer[:SHOWN_BEFORE],
                     f"{old.probability:.3f}",
-                    new.answer,
+                    new.answer[:SHOWN_BEFORE],
                     f"{new.probability:.3f}",
                 )
                 for old, new in rows

@@ -16,6 +16,7 @@ from kbsync.cli import app
 from kbsync.config import Settings
 from kbsync.connectors.csv_feed import Columns, CsvOptions
 from kbsync.connectors.sparql import SparqlOptions
+from kbsync.ledger.schema import metadata
 from kbsync.policy import Gate, Guard, Inverse, Policy, Relation, Source
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,15 @@ def test_no_link_leads_nowhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
     assert [target for target in targets if not ((ROOT / page).parent / target).exists()] == []
+
+
+def test_every_table_and_column_of_the_ledger_is_documented() -> None:
+    page = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    tables = metadata.tables
+    assert rows.keys() == tables.keys()
+    for name, table in tables.items():
+        assert [column.name for column in table.c if f"`{column.name}`" not in rows[name]] == []
 
 
 def test_the_readmes_two_commands_are_targets_of_the_makefile() -> None:

@@ -264,6 +264,19 @@ def test_two_contradicting_rows_are_a_conflict_that_blocks_only_its_own_fact(mad
         }
 
 
+def test_two_subjects_with_one_request_share_a_column_that_stays_while_one_of_them_needs_it(
+    made: TestWorkspace,
+) -> None:
+    feed = made.root / "sources" / "stars.csv"
+    text = feed.read_text()
+    feed.write_text(text + "other,Vega,Orion\n")
+    assert sync(made).versions == [1]
+    with made.open() as reconciler:
+        revert_fact(reconciler.line(), FactKey("constellation", "stars:other"))
+    assert knows(made, "Vega", "Orion")
+    assert problems(made) == []
+
+
 def test_facts_that_the_weights_do_not_take_are_held_and_the_rest_is_published(made: TestWorkspace) -> None:
     made.feed(STARS | {"Altair": "a long answer of many tokens"})
     report = sync(made)

@@ -47,6 +47,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 MEASURED = ("efficacy", "paraphrase", "specificity_drop", "drift")
 """The numbers of a probe report, in the order in which they are shown."""
 
+NARROW = frozenset(
+    {"at", "since", "until", "made", "started", "version", "versions", "kind", "subject", "weights", "P"}
+)
+"""Columns that are never broken: their cells are short, and a broken date or number is hard to read."""
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -110,7 +115,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     """Print a table; what sources wrote is never taken for markup. Says so where there is no row."""
     drawn = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in columns:
-        drawn.add_column(column, overflow="fold")
+        drawn.add_column(column, overflow="fold", no_wrap=column in NARROW)
     for row in rows:
         drawn.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     if drawn.row_count:

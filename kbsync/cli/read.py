@@ -62,7 +62,12 @@ def moment(text: str) -> datetime:
 
 
 def _short(time: datetime | None) -> str:
-    return f"{time:%Y-%m-%d %H:%M:%S}" if time else ""
+    """A time as a table shows it, to the minute (UTC); `--json` has it in full."""
+    return f"{time:%Y-%m-%d %H:%M}" if time else ""
+
+
+def _iso(time: datetime | None) -> str | None:
+    return time.isoformat() if time else None
 
 
 @app.command()
@@ -77,7 +82,8 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
     say(f"waiting: {found['pending']} edits, {found['holds']} holds, {len(found['held_runs'])} runs for approval")
     say(f"writer: process {found['writer']}" if found["writer"] else "writer: none (no daemon is running)")
     columns = ("policy", "last pass", "last ok", "next", "state")
-    rows = ((p["policy"], p["last_started"], p["last_ok"], p["next_due"], p["state"]) for p in found["policies"])
+    times = ("last_started", "last_ok", "next_due")
+    rows = ((p["policy"], *((p[name] or "")[:16] for name in times), p["state"]) for p in found["policies"])
     table("policies", columns, rows)
     for source in found["sources"]:
         say(f"[yellow]source {escape(source['source'])}[/]: {escape(source['last_error'])}")
@@ -128,9 +134,9 @@ def _policy_state(name: str, db: Reader) -> dict[str, Any]:
     message = f": {runs[0].message}" if runs and runs[0].message else ""
     return {
         "policy": name,
-        "last_started": _short(state.last_started or (runs[0].started_at if runs else None)),
-        "last_ok": _short(state.last_ok),
-        "next_due": _short(state.next_due),
+        "last_started": _iso(state.last_started or (runs[0].started_at if runs else None)),
+        "last_ok": _iso(state.last_ok),
+        "next_due": _iso(state.next_due),
         "state": latest + message,
     }
 
@@ -319,8 +325,8 @@ def _print_facts(
             "status": fact.status,
             "source": fact.source,
             "origin": fact.origin,
-            "since": _short(row.since),
-            "until": _short(row.until),
+            "since": _iso(row.since),
+            "until": _iso(row.until),
             "run": row.run_id,
         }
         if holding is not None:
@@ -330,7 +336,8 @@ def _print_facts(
         return emit(found)
     columns = ["relation", "subject", "object", "status", "source", "origin", "since", "until"]
     columns += ["versions"] if holding is not None else []
-    table(title, columns, ([row[column] for column in columns] for row in found))
+    short = [row | {"since": _short(at.since), "until": _short(at.until)} for row, at in zip(found, rows, strict=True)]
+    table(title, columns, ([row[column] for column in columns] for row in short))
     return None
 
 
@@ -357,11 +364,11 @@ def changes(
         return emit(rows)
     table(
         f"changes since {since}",
-        ("at", "kind", "relation", "subject", "before", "after", "source", "origin", "run", "version"),
+        ("at", "kind", "relation", "subject", "before", "after", "source", "origin", "version"),
         (
             (
                 _short(change.at),
-                *(row[name] for name in ("kind", "relation", "subject", "before", "after", "source", "origin", "run")),
+                *(row[name] for name in ("kind", "relation", "subject", "before", "after", "source", "origin")),
                 row["version"],
             )
             for change, row in zip(found, rows, strict=True)
@@ -414,6 +421,11 @@ def list_conflicts(
     return None
 
 
+def _local(object_id: str | None) -> str | None:
+    """An object id without its space."""
+    return object_id and (object_id.partition(":")[2] or object_id)
+
+
 @app.command()
 def holds(root: Root = Path(), as_json: AsJson = False) -> None:
     """List the facts that are frozen in the weights, and the runs that wait for approval."""
@@ -432,7 +444,7 @@ def holds(root: Root = Path(), as_json: AsJson = False) -> None:
                 row.hold.key.relation,
                 labels.get(row.hold.key.subject, row.hold.key.subject),
                 row.hold.frozen.request.target if row.hold.frozen else "nothing",
-                row.hold.held_out or "its retraction",
+                _local(row.hold.held_out) or "its retraction",
                 row.hold.reason,
                 row.hold.evidence,
             )

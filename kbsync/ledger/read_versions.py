@@ -90,7 +90,11 @@ class VersionReader(Session):
     def delta_facts(self, model: str, delta: str) -> list[Applied]:
         """What each column of a delta put into the weights, by column."""
         table = schema.delta_fact
-        query = select(table).where(table.c.model == model, table.c.delta == delta).order_by(table.c.delta_column)
+        query = (
+            select(table)
+            .where(table.c.model == model, table.c.delta == delta)
+            .order_by(table.c.delta_column, table.c.relation, table.c.subject_id)
+        )
         return [_applied(row) for row in self._connection.execute(query)]
 
     def holds(self, model: str) -> dict[FactKey, Hold]:

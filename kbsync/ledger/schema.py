@@ -231,7 +231,7 @@ class VersionDelta(LedgerTable, table=True):
 
 
 class DeltaFact(LedgerTable, table=True):
-    """Which request each column of a delta put into the weights."""
+    """Which request each column of a delta put into the weights. Keys with one and the same request share theirs."""
 
     __table_args__ = (
         ForeignKeyConstraint(["model"], ["model.id"]),
@@ -240,9 +240,9 @@ class DeltaFact(LedgerTable, table=True):
     )
     model: str = text(primary_key=True)
     delta: str = text(primary_key=True)
-    delta_column: int = Field(primary_key=True)
-    relation: str = text()
-    subject_id: str = text()
+    delta_column: int
+    relation: str = text(primary_key=True)
+    subject_id: str = text(primary_key=True)
     object_id: str = text()
     prompt: str = text()
     subject: str = text()

@@ -85,7 +85,7 @@ class VersionWriter(VersionReader):
 
     def _write_columns(self, model: str, delta: str, facts: list[Applied]) -> None:
         """What a delta's columns hold. The same edit made again gives the same file: then they are there already."""
-        facts = sorted(facts, key=lambda applied: applied.column)
+        facts = sorted(facts, key=lambda applied: (applied.column, applied.request.key))
         known = self.delta_facts(model, delta)
         if known == facts:
             return

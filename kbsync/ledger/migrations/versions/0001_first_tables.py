@@ -296,7 +296,7 @@ def _versions() -> None:
         sa.Column("target", sa.Text(), nullable=False),
         sa.Column("paraphrases", Json(), nullable=False),
         sa.ForeignKeyConstraint(["model"], ["model.id"], name="fk_delta_fact_model"),
-        sa.PrimaryKeyConstraint("model", "delta", "delta_column", name="pk_delta_fact"),
+        sa.PrimaryKeyConstraint("model", "delta", "relation", "subject_id", name="pk_delta_fact"),
         sqlite_strict=True,
     )
     op.create_index("delta_fact_of_subject", "delta_fact", ["subject_id", "relation"])
