@@ -22,7 +22,7 @@ from kbsync.child import run_edit
 from kbsync.config import Workspace
 from kbsync.editor.job import ControlFile, EditJob, EditResult
 from kbsync.editor.preset import Preset
-from kbsync.errors import Cancelled
+from kbsync.errors import Cancelled, StoreError
 from kbsync.facts import Applied, FactKey, Hold
 from kbsync.gate import shortfalls
 from kbsync.hub import ModelFolder
@@ -223,7 +223,10 @@ class Line:
                 db.hold(self.model, hold, run_id=edit.run_id, version=number)
             db.release(self.model, edit.releases)
             db.note_known(self.fingerprint, result.known)
-        self.store.write_head(number)
+        try:
+            self.store.write_head(number)
+        except StoreError as error:  # published all the same: the next start writes HEAD anew from the ledger
+            log.error("head_not_written", version=number, problem=error.message)
         self.announce(number)
         return number
 

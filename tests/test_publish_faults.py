@@ -1,0 +1,133 @@
+"""Publication under faults: killed at any step or out of disk, HEAD is old or new and everything verifies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kbsync.config import Workspace
+from kbsync.ledger import Ledger
+from kbsync.serving import Versions, verify_workspace
+from tests.workspaces import TestWorkspace, workspace
+
+STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris"}
+CHANGED = STARS | {"Vega": "Rome", "Sirius": "French"}
+KILLED_AT = """
+import os, signal, sys
+from pathlib import Path
+from kbsync.ledger.writer import Writer
+from kbsync.versions import store
+from kbsync.editor import worker
+from tests.workspaces import TestWorkspace
+
+place, when = {"delta": (worker, "write_delta"), "manifest": (store.VersionStore, "write_manifest"),
+               "ledger": (Writer, "publish"), "HEAD": (store.VersionStore, "write_head")}[sys.argv[2]], sys.argv[3]
+owner, name = place
+real = getattr(owner, name)
+count = 0
+
+def fatal(*args, **kwargs):
+    global count
+    count += 1
+    if when == "before" and (name != "write_head" or count == 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    answer = real(*args, **kwargs)
+    if when == "after" and (name != "write_head" or count == 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer
+
+setattr(owner, name, fatal)
+with TestWorkspace(Path(sys.argv[1])).open() as reconciler:
+    reconciler.sync()
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The statistics of the tiny model are collected once for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KBSYNC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> TestWorkspace:
+    """A workspace at version 1 whose feed has changed since."""
+    found = workspace(tmp_path, STARS)
+    with found.open() as reconciler:
+        assert reconciler.sync()[0].versions == [1]
+    found.feed(CHANGED)
+    return found
+
+
+def head_and_problems(made: TestWorkspace) -> tuple[int, list[str]]:
+    """The ledger's HEAD, and what `verify` finds once a writer has opened the workspace again."""
+    with made.open() as reconciler:
+        reconciler.recover()
+        reconciler.line()
+    opened = Workspace.load(made.root)
+    ledger = Ledger.open(opened.ledger_url)
+    with ledger.read() as db:
+        head = db.head(Versions.open(opened, ledger).model)
+        assert "running" not in {run.status for run in db.runs()}
+    problems = list(verify_workspace(opened, ledger))
+    ledger.close()
+    return head, problems
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("step", ["delta", "manifest", "ledger", "HEAD"])
+def test_a_kill_at_any_step_of_publication_leaves_head_old_or_new_and_the_next_pass_converges(
+    made: TestWorkspace, step: str, when: str
+) -> None:
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT, str(made.root), step, when],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    head, problems = head_and_problems(made)
+    published = step == "HEAD"  # the row in the ledger is what publishes; HEAD only follows
+    assert (head, problems) == (2 if published else 1, [])
+    with made.open() as reconciler:
+        [report] = reconciler.sync()
+        assert report.versions == ([] if published else [2])
+        assert reconciler.sync()[0].counts["edits"] == 0
+    assert head_and_problems(made) == (2, [])
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+def test_a_full_disk_fails_the_run_and_publishes_nothing(
+    made: TestWorkspace, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = os.fsync, 0
+
+    def full(handle: int) -> None:
+        nonlocal count
+        count += 1
+        if count == nth + 2:  # the first two rewrite HEAD at the start
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with made.open() as reconciler:
+        monkeypatch.setattr("os.fsync", full)
+        [report] = reconciler.sync()
+        monkeypatch.undo()
+    if report.status == "failed":
+        assert "space" in report.problems[0].message.lower()
+    head, problems = head_and_problems(made)
+    assert head == (1 if report.status == "failed" else 2)
+    assert problems == []
+    with made.open() as reconciler:
+        reconciler.sync()
+    assert head_and_problems(made) == (2, [])
