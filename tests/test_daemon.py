@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from kbsync.commands import perform
 from kbsync.config import Workspace
-from kbsync.errors import UsageError
+from kbsync.errors import Cancelled, KbsyncError, UsageError
 from kbsync.ledger import Ledger
 from tests.workspaces import TestWorkspace, workspace
 
@@ -160,3 +161,35 @@ def test_a_daemon_that_is_killed_leaves_a_workspace_that_the_next_one_takes_over
     assert statuses[0] == "done"
     assert "running" not in statuses
     assert after.end() == 0
+
+
+def test_a_rollback_cancels_the_running_edit_and_goes_first(made: TestWorkspace, start: Callable[[], Running]) -> None:
+    daemon = start()
+    daemon.wait_for(lambda: daemon.events("run_finished"))
+    made.feed(STARS | {"Sirius": "Rome"})
+    ended: list[BaseException | dict[str, Any]] = []
+
+    def edit() -> None:
+        try:
+            ended.append(perform(made.root, "sync", {}, user="ada"))
+        except KbsyncError as error:
+            ended.append(error)
+
+    editing = threading.Thread(target=edit)
+    editing.start()
+    daemon.wait_for(lambda: len(children(daemon.process.pid)) == 1)
+    assert perform(made.root, "rollback", {"to": 0}, user="ada")["version"] == 0
+    editing.join(PATIENCE)
+    assert isinstance(ended[0], Cancelled)
+    assert children(daemon.process.pid) == []
+    [report] = perform(made.root, "sync", {}, user="ada")["reports"]
+    assert (report["status"], report["versions"]) == ("done", [2])  # what was cancelled is planned again
+    assert daemon.end() == 0
+
+
+def children(pid: int) -> list[int]:
+    """The live child processes of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
