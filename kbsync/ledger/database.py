@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, SelectBase, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, StatementError
@@ -33,6 +33,7 @@ __all__ = [
     "bulk_insert",
     "database_file",
     "engine_for",
+    "insert_from",
     "insert_row",
     "integrity_problems",
     "journal_mode",
@@ -201,6 +202,12 @@ def writing(engine: Engine) -> Connection:
 def insert_row(connection: Connection, table: Table, values: Mapping[str, Any]) -> int:
     """Insert one row; its id."""
     return int(connection.execute(table.insert().values(values).returning(table.c.id)).scalar_one())
+
+
+def insert_from(connection: Connection, table: Table, columns: Sequence[str], rows: SelectBase) -> int:
+    """INSERT ... SELECT; how many rows that were. Without the option only SQLite's driver happens to say so."""
+    statement = table.insert().from_select(columns, rows)
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount
 
 
 def upsert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:

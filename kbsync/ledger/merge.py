@@ -24,7 +24,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     func,
-    insert,
     literal,
     or_,
     select,
@@ -34,7 +33,7 @@ from sqlalchemy import (
 from kbsync.errors import LedgerError
 from kbsync.facts import Snapshot
 from kbsync.ledger import schema
-from kbsync.ledger.database import analyze, bulk_insert, insert_row, temporary
+from kbsync.ledger.database import analyze, bulk_insert, insert_from, insert_row, temporary
 from kbsync.ledger.records import RecordCounts
 
 __all__ = ["record"]
@@ -188,7 +187,7 @@ def _end_unsaid(connection: Connection, fetch: _Fetch) -> tuple[int, int]:
     """
     said = select(_incoming.c.claim_id).where(_incoming.c.claim_id.is_not(None))
     unsaid = select(_claim.c.id).where(fetch.live).except_(said)
-    found = connection.execute(insert(_unsaid).from_select(["claim_id"], unsaid)).rowcount
+    found = insert_from(connection, _unsaid, ["claim_id"], unsaid)
     if not found:
         return 0, 0
     absent = _claim.c.subject_id.not_in(select(_incoming.c.subject_id))
@@ -256,4 +255,4 @@ def _add(connection: Connection, fetch: _Fetch) -> int:
         "seen_from": literal(fetch.number),
     }
     first = select(*values.values()).where(rows.c.nth == 1).order_by(rows.c.position)
-    return connection.execute(insert(_claim).from_select(list(values), first)).rowcount
+    return insert_from(connection, _claim, list(values), first)
