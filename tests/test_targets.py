@@ -1,0 +1,147 @@
+"""Target vectors: what each setting means, facts that come and go, what is handed over when, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kbsync.editor.plain import plain_targets
+from kbsync.editor.targets import Target, compute_targets
+from kbsync.errors import EditError
+from kbsync.facts import EditRequest
+from tests.tiny import CONTEXTS, FACTS, request, tiny_llama, tiny_preset
+
+
+def difference(one: dict[str, Target], other: dict[str, Target]) -> float:
+    """The largest difference of two sets of z of the same facts."""
+    assert list(one) == list(other)
+    return max(float((one[digest].z - other[digest].z).abs().max()) for digest in one)
+
+
+@pytest.mark.parametrize("changes", [
+    {"kl_weight": 0.0},
+    {"weight_decay": 0.0, "kl_weight": 2.0},
+    {"clamp": 0.2},
+    {"clamp": 100.0, "rate": 0.1},
+    {"layers": (0,)},
+    {"layers": (4,)},
+    {"steps": 1},
+    {"steps": 12, "stop_loss": 4.0},
+], ids=str)  # fmt: skip
+def test_every_setting_means_the_same_to_the_oracle(changes: dict[str, Any]) -> None:
+    """Each term of the loss, the clamp, the layer, one step only, and facts that stop at different steps."""
+    base = tiny_llama(dtype=torch.float64)
+    preset = tiny_preset(token_budget=120, **changes)
+    found, plain = compute_targets(base, FACTS, CONTEXTS, preset), plain_targets(base, FACTS, CONTEXTS, preset)
+    assert difference(found, plain) < 1e-8
+    assert [target.steps for target in found.values()] == [target.steps for target in plain.values()]
+
+
+def test_facts_that_are_done_make_room() -> None:
+    """With an early stop facts leave at different steps, others enter, and each z is as if it were alone."""
+    base = tiny_llama(dtype=torch.float64)
+    preset = tiny_preset(steps=20, stop_loss=4.0, token_budget=60)
+    together = compute_targets(base, FACTS, CONTEXTS, preset)
+    alone: dict[str, Target] = {}
+    for fact in FACTS:
+        alone |= compute_targets(base, [fact], CONTEXTS, preset)
+    assert len({target.steps for target in together.values()}) > 1
+    assert difference(together, alone) < 1e-8
+
+
+def test_bfloat16_model_has_float32_targets(device: str) -> None:
+    """δ and Adam's moments are float32 whatever the model's dtype, so that small steps are not lost."""
+    base = tiny_llama(dtype=torch.bfloat16, device=device)
+    found = compute_targets(base, FACTS[:2], CONTEXTS, tiny_preset(clamp=100.0, rate=0.01, steps=3))
+    assert all(target.z.dtype == torch.float32 and target.z.isfinite().all() for target in found.values())
+
+
+def test_loss_is_the_models_own() -> None:
+    """With z in place of the state, the unmodified model gives the object the probability that the loss says."""
+    base = tiny_llama(dtype=torch.float64)
+    preset = tiny_preset(kl_weight=0.0, weight_decay=0.0, clamp=100.0)
+    fact = FACTS[1]
+    (target,) = compute_targets(base, [fact], ["{}"], preset).values()
+    encoded = base.tokenizer(f"{fact.prompt} {fact.target}", return_offsets_mapping=True)
+    lookup = max(
+        index for index, (start, _) in enumerate(encoded["offset_mapping"]) if start < len("The capital of France")
+    )
+    first = next(index for index, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(fact.prompt))
+
+    def replace(_module: object, _inputs: object, hidden: Tensor) -> Tensor:
+        hidden = hidden.clone()
+        hidden[0, lookup] = target.z
+        return hidden
+
+    handle = base.layer(preset.layers[-1]).register_forward_hook(replace)
+    log_probs = base.network(torch.tensor([encoded["input_ids"]])).logits[0].log_softmax(dim=1)
+    handle.remove()
+    each = [log_probs[at - 1, encoded["input_ids"][at]] for at in range(first, len(encoded["input_ids"]))]
+    assert target.loss == pytest.approx(-float(torch.stack(each).mean()), abs=1e-9)
+
+
+def test_done_is_called_as_facts_finish() -> None:
+    """Each finished fact is handed over before the next one is computed, and progress counts them."""
+    base = tiny_llama()
+    seen: list[EditRequest] = []
+    counted: list[tuple[str, int, int]] = []
+    found = compute_targets(
+        base, FACTS, CONTEXTS, tiny_preset(token_budget=1, steps=2),
+        progress=lambda *now: counted.append(now), done=lambda fact, _: seen.append(fact),
+    )  # fmt: skip
+    assert sorted(fact.digest for fact in seen) == sorted(found)
+    assert counted == [("targets", done, len(FACTS)) for done in range(1, len(FACTS) + 1)]
+    assert list(found) == [fact.digest for fact in FACTS]
+
+
+def test_interrupted_search_keeps_what_was_done() -> None:
+    """An exception from `done` (a full disk, a cancel) passes through; the facts before it were handed over."""
+    seen: list[EditRequest] = []
+
+    def stop(fact: EditRequest, _: Target) -> None:
+        seen.append(fact)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compute_targets(tiny_llama(), FACTS, CONTEXTS, tiny_preset(token_budget=1, steps=2), done=stop)
+    assert len(seen) == 2
+
+
+def test_same_request_twice_is_computed_once() -> None:
+    """Requests are told apart by their digest."""
+    calls: list[EditRequest] = []
+    twice = [FACTS[0], FACTS[1], FACTS[0]]
+    found = compute_targets(
+        tiny_llama(), twice, CONTEXTS, tiny_preset(steps=1), done=lambda fact, _: calls.append(fact)
+    )
+    assert len(found) == len(calls) == 2
+
+
+def test_gradients_are_not_kept() -> None:
+    """The search leaves no gradient in the model."""
+    base = tiny_llama()
+    compute_targets(base, FACTS[:1], CONTEXTS, tiny_preset(steps=2))
+    assert all(parameter.grad is None for parameter in base.network.parameters())
+
+
+def test_nothing_asked_nothing_done() -> None:
+    """No requests, no targets."""
+    assert compute_targets(tiny_llama(), [], CONTEXTS, tiny_preset()) == {}
+
+
+def test_refusals() -> None:
+    """The last layer, contexts without the bare prompt, a fact that cannot be placed, a broken model."""
+    base = tiny_llama()
+    with pytest.raises(EditError, match="layer 5 is the last"):
+        compute_targets(base, FACTS, CONTEXTS, tiny_preset(layers=(5,)))
+    with pytest.raises(EditError, match="bare prompt"):
+        compute_targets(base, FACTS, CONTEXTS[1:], tiny_preset())
+    with pytest.raises(EditError, match="not in the prompt"):
+        compute_targets(base, [FACTS[0], request("The sky is", "Vega", "blue")], CONTEXTS, tiny_preset())
+    base.set_weight(base.spec.down_name(4), torch.full((32, 48), torch.nan))
+    with pytest.raises(EditError, match="not finite"):
+        compute_targets(base, FACTS, CONTEXTS, tiny_preset())
