@@ -416,6 +416,21 @@ def test_opening_and_asking_loads_no_torch(tmp_path: Path) -> None:
     assert done.stdout == "[]\n"
 
 
+def test_the_queries_of_the_documentation_run(tmp_path: Path) -> None:
+    """The SQL of docs/ledger.md works on a ledger opened with any SQLite tool, and answers what it says."""
+    page = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text(encoding="utf-8")
+    as_of, changed, conflicts = page.split("```sql")[1].split("```")[0].split(";")[:3]
+    clock = Clock()
+    with opened(tmp_path, clock) as ledger:
+        decide(ledger, facts(Vega="Lyra"))
+        clock.turn(hours=1)
+        decide(ledger, facts(Vega="Draco"))
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        assert connection.execute(as_of).fetchall() == [("constellation", "Vega", "Lyra", "feed", "line 2")]
+        assert [row[2:5] for row in connection.execute(changed)] == [("Vega", "Lyra", "Draco")]
+        assert connection.execute(conflicts).fetchall() == []
+
+
 def test_utc_is_what_comes_out(tmp_path: Path) -> None:
     """Every time that the ledger answers is timezone-aware UTC."""
     with Ledger.open(url(tmp_path)) as ledger:

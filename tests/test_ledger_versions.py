@@ -206,6 +206,18 @@ def test_applied_leaves_out_excluded_columns_and_the_later_delta_wins(tmp_path: 
             assert db.live_deltas([]) == set()
 
 
+def test_keys_with_one_request_share_a_column(tmp_path: Path) -> None:
+    """Two subjects that are written alike and have the same object are one request to the model, and two facts."""
+    vega = applied("Vega", "Lyra", FIRST, 0)
+    twin = replace(vega, request=replace(vega.request, key=key("Vega again")))
+    with opened(tmp_path) as ledger:
+        register(ledger)
+        with ledger.write() as db:
+            db.publish(version(1, 0, vega, twin, active=[ActiveDelta(delta=FIRST)]))
+        with ledger.read() as db:
+            assert db.applied(MODEL, 1) == {key("Vega"): vega, key("Vega again"): twin}
+
+
 def test_the_same_delta_may_be_published_again(tmp_path: Path) -> None:
     """After a rollback the same edit gives the same file: it is known already, but never with other facts."""
     vega = applied("Vega", "Lyra", FIRST, 0)
