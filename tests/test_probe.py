@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kbsync.editor import answers as answers_module
-from kbsync.editor.answers import answers, log_probabilities
+from kbsync.editor import probe as probe_module
+from kbsync.editor.answers import Answer, answers, log_probabilities
 from kbsync.editor.model import Base
-from kbsync.editor.probe import NO_CONTROLS, Controls, ProbeReport, probe, shipped_controls, weights_in
+from kbsync.editor.probe import CONTROL_TOKENS, NO_CONTROLS, Controls, ProbeReport, probe, shipped_controls, weights_in
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest, FactKey
 from tests.tiny import TEXT, tiny_gpt2, tiny_llama
@@ -81,10 +82,10 @@ def test_the_probe_measures_its_definitions(make: Callable[..., Base], device: s
     ]
     report = probe(base, edited, requests, controls=CONTROLS, holdout=HOLDOUT)
 
-    before = [answer.text for answer in answers(base, CONTROLS.prompts)]
+    before = [answer.text for answer in answers(base, CONTROLS.prompts, tokens=CONTROL_TOKENS)]
     old = base.network(HOLDOUT.to(device)).logits.double().log_softmax(-1)
     with weights_in(base, edited):
-        after = [answer.text for answer in answers(base, CONTROLS.prompts)]
+        after = [answer.text for answer in answers(base, CONTROLS.prompts, tokens=CONTROL_TOKENS)]
         new = base.network(HOLDOUT.to(device)).logits.double().log_softmax(-1)
         said = answers(base, ["Rigel is a"])[0].text
         scores = log_probabilities(base, [(r.prompt, r.target) for r in requests])
@@ -98,6 +99,9 @@ def test_the_probe_measures_its_definitions(make: Callable[..., Base], device: s
     assert report.facts[0].answer == target
     assert report.facts[1].answer == said
     assert report.specificity_drop == sum(a != b for a, b in zip(before, after, strict=True)) / 5 > 0
+    assert [(c.prompt, c.before, c.after) for c in report.changed] == [
+        entry for entry in zip(CONTROLS.prompts, before, after, strict=True) if entry[1] != entry[2]
+    ]
     assert report.drift == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-4)
     assert (report.control_prompts, report.controls, report.drift_tokens) == (5, "five of the test's own", 120)
 
@@ -108,6 +112,28 @@ def test_the_base_itself_has_no_drop_and_no_drift(make: Callable[..., Base], dev
     report = probe(base, matrices(base, 0.0), [], controls=CONTROLS, holdout=HOLDOUT)
     assert (report.specificity_drop, report.drift) == (0.0, 0.0)
     assert (report.efficacy, report.paraphrase) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "differs"),
+    [
+        ("Paris", "Paris", False),
+        ("Paris", "Paris which lies in", False),
+        ("Paris", "Parish", True),
+        ("Paris", "Rome", True),
+        ("evolution by selection", "evolution", True),
+        ("", "Rome", True),
+    ],
+)
+def test_an_answer_that_only_goes_on_longer_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, before: str, after: str, differs: bool
+) -> None:
+    """Whole words of the base's answer, at the beginning."""
+    told = iter([[Answer(before, 0.5)], [], [Answer(after, 0.5)]])
+    monkeypatch.setattr(probe_module, "answers", lambda *_, **__: next(told))
+    controls = Controls(("The capital of France is",), "one")
+    report = probe(tiny_llama(), {}, [], controls=controls, holdout=HOLDOUT)
+    assert report.specificity_drop == float(differs)
 
 
 def test_drift_grows_with_the_edit() -> None:

@@ -26,6 +26,7 @@ from kbsync.progress import Progress, silent
 
 __all__ = [
     "NO_CONTROLS",
+    "ChangedControl",
     "Controls",
     "FactProbe",
     "ProbeReport",
@@ -34,6 +35,10 @@ __all__ = [
     "subject_controls",
     "weights_in",
 ]
+
+
+CONTROL_TOKENS = 4
+"""Length of a control answer: a name is said by then, and what follows it in running text is not the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,21 @@ class FactProbe:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangedControl:
+    """A control prompt that the edited weights answer otherwise: the evidence behind `specificity_drop`."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeReport:
     """Shares in 0..1 and drift in nats per token (ARCHITECTURE "Probe and gate"); None where nothing was measured.
 
-    `specificity_drop`: share of the control prompts whose greedy answer differs from the base's. `drift`: mean
-    KL(base || edited) of the next token over `drift_tokens` held-out tokens. `controls` says which prompts were used.
+    `specificity_drop`: share of the control prompts whose greedy answer differs from the base's (`changed`); an answer
+    that only goes on longer is the same. `drift`: mean KL(base || edited) of the next token over `drift_tokens` tokens
+    of held-out text. `controls` says which prompts were used.
     """
 
     efficacy: float | None
@@ -66,6 +81,7 @@ class ProbeReport:
     control_prompts: int
     controls: str
     drift_tokens: int
+    changed: tuple[ChangedControl, ...] = ()
 
     @property
     def failed(self) -> tuple[FactProbe, ...]:
@@ -74,12 +90,15 @@ class ProbeReport:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value that `from_json` reads back."""
-        return asdict(self) | {"facts": [asdict(fact) for fact in self.facts]}
+        facts, changed = [asdict(fact) for fact in self.facts], [asdict(control) for control in self.changed]
+        return asdict(self) | {"facts": facts, "changed": changed}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ProbeReport:
         """The inverse of `to_json`. Raises TypeError where a field is missing or unknown."""
-        return cls(**{**value, "facts": tuple(FactProbe(**fact) for fact in value["facts"])})
+        facts = tuple(FactProbe(**fact) for fact in value["facts"])
+        changed = tuple(ChangedControl(**control) for control in value.get("changed", ()))
+        return cls(**{**value, "facts": facts, "changed": changed})
 
 
 def probe(
@@ -96,22 +115,32 @@ def probe(
 
     Raises EditError for weights or probabilities that are not finite.
     """
-    before = [answer.text for answer in answers(base, controls.prompts, progress=progress)]
+    before = _controls(base, controls, progress)
     states = _holdout_states(base, holdout)
     with weights_in(base, matrices):
         facts = _facts(base, requests, progress)
-        after = [answer.text for answer in answers(base, controls.prompts, progress=progress)]
+        after = _controls(base, controls, progress)
         drift = _drift(base, states, _holdout_states(base, holdout))
+    told = zip(controls.prompts, before, after, strict=True)
+    changed = tuple(
+        ChangedControl(prompt, old, new) for prompt, old, new in told if not f"{new} ".startswith(f"{old} ")
+    )
     return ProbeReport(
-        efficacy=_share([fact.efficacy for fact in facts]),
+        efficacy=_ratio(sum(fact.efficacy for fact in facts), len(facts)),
         paraphrase=_ratio(sum(fact.hits for fact in facts), sum(fact.paraphrases for fact in facts)),
-        specificity_drop=_share([old != new for old, new in zip(before, after, strict=True)]),
+        specificity_drop=_ratio(len(changed), len(before)),
         drift=drift,
         facts=tuple(facts),
         control_prompts=len(before),
         controls=controls.description,
         drift_tokens=len(states),
+        changed=changed,
     )
+
+
+def _controls(base: Base, controls: Controls, progress: Progress) -> list[str]:
+    """The answers to the control prompts on the weights that `base` holds."""
+    return [answer.text for answer in answers(base, controls.prompts, tokens=CONTROL_TOKENS, progress=progress)]
 
 
 def _facts(base: Base, requests: Sequence[EditRequest], progress: Progress) -> list[FactProbe]:
@@ -159,10 +188,6 @@ def _drift(base: Base, before: Tensor, after: Tensor) -> float | None:
     if math.isnan(total):
         raise EditError("the edited model's probabilities are not numbers", hint="kbsync verify")
     return total / len(before)
-
-
-def _share(values: Sequence[bool]) -> float | None:
-    return _ratio(sum(values), len(values))
 
 
 def _ratio(part: int, whole: int) -> float | None:
