@@ -95,7 +95,7 @@ class ProbeReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ProbeReport:
-        """The inverse of `to_json`. Raises TypeError where a field is missing or unknown."""
+        """The inverse of `to_json`. Raises KeyError or TypeError where a field is missing or unknown."""
         facts = tuple(FactProbe(**fact) for fact in value["facts"])
         changed = tuple(ChangedControl(**control) for control in value.get("changed", ()))
         return cls(**{**value, "facts": facts, "changed": changed})
