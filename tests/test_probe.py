@@ -239,7 +239,7 @@ def test_failed_facts_are_named_with_their_answer() -> None:
 @pytest.mark.model
 def test_the_embedded_model_knows_many_controls(smollm2: Base) -> None:
     """The shipped prompts ask what the base answers with some confidence: else any edit would flip them."""
-    found = answers(smollm2, shipped_controls().prompts)
+    found = answers(smollm2, shipped_controls().prompts, tokens=CONTROL_TOKENS)
     assert sum(answer.text != "" for answer in found) >= 95
     with torch.no_grad():
         paris = log_probabilities(smollm2, [("The capital of France is the city of", "Paris")])[0]
