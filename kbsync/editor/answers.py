@@ -252,13 +252,14 @@ def _greedy(base: Base, rows: Sequence[tuple[int, ...]], tokens: int) -> tuple[T
         ids[index, longest - len(row) :] = torch.tensor(row)
         mask[index, longest - len(row) :] = 1
     ids, mask = ids.to(base.device), mask.to(base.device)
-    positions, cache = (mask.cumsum(1) - 1).clamp(min=0), None
+    positions, cache = (mask.cumsum(1) - 1).clamp(min=0), base.cache_name
+    past: dict[str, Any] = {cache: None}
     chosen, log_probs = [], []
     for _ in range(tokens):
         read = base.network.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **past
         )
-        cache = read.past_key_values
+        past = {cache: read[cache]}
         best = [_best(logits) for logits in logit_chunks(base, read.last_hidden_state[:, -1])]
         ids = torch.cat([token for token, _ in best])[:, None]  # [rows, 1]
         chosen.append(ids)

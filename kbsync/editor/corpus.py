@@ -95,10 +95,10 @@ def sample(
     """
     before = _separator(base.tokenizer)
     unread = torch.cat([torch.tensor(before, dtype=torch.int64).expand(len(starts), -1), starts], dim=1)
-    cache = StaticCache(config=base.network.config, max_cache_len=len(before) + length)
+    cache = {base.cache_name: StaticCache(config=base.network.config, max_cache_len=len(before) + length)}
     ids = starts
     while ids.shape[1] < length:
-        logits = base.network(unread.to(base.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = base.network(unread.to(base.device), use_cache=True, logits_to_keep=1, **cache).logits
         unread = _draw(base, logits[:, -1].float().cpu(), generator, top_k)  # [b, 1]
         ids = torch.cat([ids, unread], dim=1)
         progress("sample", ids.shape[1], length)

@@ -6,6 +6,7 @@ everything in kbsync speaks of an edited matrix as [d, f] = [d_out, d_in].
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,12 @@ class Base:
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are served in."""
         return self.weight(self.spec.down_name(0)).dtype
+
+    @property
+    def cache_name(self) -> str:
+        """What transformers calls the keys and values of earlier tokens: `past_key_values` up to 5.23, then `cache`."""
+        taken = inspect.signature(type(self.network.base_model).forward).parameters
+        return "cache" if "cache" in taken else "past_key_values"
 
     def module(self, name: str) -> nn.Module:
         """The module at a dotted path. Raises AttributeError where there is none."""
