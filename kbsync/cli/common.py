@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,6 +52,11 @@ NARROW = frozenset(
     {"at", "since", "until", "made", "started", "version", "versions", "kind", "subject", "weights", "P"}
 )
 """Columns that are never broken: their cells are short, and a broken date or number is hard to read."""
+
+GAP = 2
+"""Terminal columns between two columns of a table."""
+LONGEST_WORD = 24
+"""Terminal columns up to which a word is not broken, however narrow the terminal."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -112,16 +118,34 @@ def opened(root: Path) -> Iterator[tuple[Workspace, Ledger]]:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; what sources wrote is never taken for markup. Says so where there is no row."""
-    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        drawn.add_column(column, overflow="fold", no_wrap=column in NARROW)
-    for row in rows:
-        drawn.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
-    if drawn.row_count:
-        console.print(drawn)
-    else:
-        say(f"{title}: none")
+    """Print a table; what sources wrote is never taken for markup. Says so where there is no row.
+
+    Where it is wider than the terminal, what is the same in all rows is said once, in the title.
+    """
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    if not cells:
+        return say(f"{title}: none")
+    shown = [(name, [row[index] for row in cells]) for index, name in enumerate(columns)]
+    if len(cells) > 1 and sum(_width(*column) + GAP for column in shown) - GAP > console.width:
+        same = [(name, values[0]) for name, values in shown if len(set(values)) == 1]
+        shown = [(name, values) for name, values in shown if len(set(values)) > 1] or shown
+        said = ", ".join(f"{name} {value}" for name, value in same if value)
+        title = f"{title} ({said})" if said else title
+    console.print(f"[italic]{escape(title)}[/]", soft_wrap=False)
+    drawn = Table(header_style="bold", box=None, pad_edge=False)
+    for name, values in shown:
+        words = [word for text in (name, *values) for word in text.split()]
+        longest = max(map(cell_len, words), default=0)
+        drawn.add_column(name, overflow="fold", no_wrap=name in NARROW, min_width=min(longest, LONGEST_WORD))
+    for row in zip(*(values for _, values in shown), strict=True):
+        drawn.add_row(*map(escape, row))
+    console.print(drawn)
+    return None
+
+
+def _width(name: str, values: Sequence[str]) -> int:
+    """Terminal columns that a column takes where nothing is broken."""
+    return max(map(cell_len, (name, *values)))
 
 
 def share(value: object) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from kbsync.cli.common import AsJson, console, emit, say
+from kbsync.cli.common import AsJson, bars, console, emit, say
 
 __all__ = ["app"]
 
@@ -18,19 +19,24 @@ app = typer.Typer()
 @app.command()
 def demo(
     keep: Annotated[
-        Path | None, typer.Option("--keep", help="Keep the workspace in this folder.", metavar="DIR")
+        Path | None, typer.Option("--keep", help="Keep the workspace in this empty folder.", metavar="DIR")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Watch a real model learn a feed, learn a change of it, and lose it in a rollback."""
-    from kbsync.demo import MODEL, Demo
+    from kbsync.demo import MODEL, Demo, prepare
     from kbsync.hub import pull
 
     console.quiet = as_json
-    pull(MODEL)
     with tempfile.TemporaryDirectory(prefix="kbsync-demo-") as scratch:
-        results = Demo(keep if keep is not None else Path(scratch) / "workspace").run()
+        root = keep if keep is not None else Path(scratch) / "workspace"
+        prepare(root)
+        with bars() as progress:
+            pull(MODEL, progress=progress)
+        results = Demo(root).run()
     if as_json:
         emit(results)
-    if keep is not None:
-        say(f"the workspace lies in {keep}: try kbsync status --workspace {keep}")
+    elif keep is not None:
+        say(f"The workspace lies in {escape(str(keep))}: cd {escape(str(keep))}, then for example kbsync status.")
+    else:
+        say("The workspace is gone; `kbsync demo --keep DIR` leaves it for exploring.")
