@@ -16,7 +16,14 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 }
 HEAVY = ("torch", "transformers", "safetensors", "ray")
-MAY_BE_HEAVY = ("kbsync.editor.", "kbsync.versions.delta", "kbsync.versions.weights", "kbsync.versions.export")
+MAY_BE_HEAVY = (
+    "kbsync.editor.",
+    "kbsync.bench.",
+    "kbsync.executor",
+    "kbsync.versions.delta",
+    "kbsync.versions.weights",
+    "kbsync.versions.export",
+)
 ORDER_KNOWN_BY = ("kbsync.commands", "kbsync.daemon", "kbsync.cli", "kbsync.demo")
 
 

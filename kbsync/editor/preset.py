@@ -48,6 +48,17 @@ class Preset(BaseModel):
     """Weight of the KL term that keeps what the subject is ("{subject} is a")."""
     stop_loss: NotNegative = 0.05
     """A fact is done when its loss is below this; 0 means never before `steps`."""
+    stop_top: bool = False
+    """A fact is done, too, once each token of its object is the most probable one in every context (ENCORE)."""
+    early_contexts: Count | None = None
+    """How many contexts, the bare prompt first, the first `early_steps` losses are computed on; null: all."""
+    early_steps: Annotated[int, Field(ge=0)] = 0
+    """Losses that are computed on `early_contexts` contexts only; none of them stops the search."""
+    covariance_growth: NotNegative = 0.0
+    """λ grows with the facts that the weights hold: λ · max(1, facts / 100) ^ covariance_growth."""
+    null_space: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Project Δ onto the directions of the keys of ordinary text that hold this share of their energy or less
+    (AlphaEdit, arXiv 2410.02355); null: no projection."""
     key_average: Literal["half_empty", "mean"] = "half_empty"
     """Half the bare prompt's key and half the mean of the other contexts', or the plain mean of all (Eqn 19)."""
     corpus: Annotated[str, Field(pattern=r"^(self|file:.+|hf:.+)$")] = "self"
