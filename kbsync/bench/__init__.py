@@ -1,1 +1,1 @@
-"""Measurements of the engine: one module per `kbsync bench` command. What they print is a value first, a table second."""
+"""Measurements of the engine: one module per `kbsync bench` command; a value first, then a table and a plot."""
