@@ -1,4 +1,4 @@
-"""CounterFact files, published and flattened, as edit requests."""
+"""CounterFact files, published and flattened, zsRE files and facts in CSV, as edit requests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kbsync.editor.datasets import load_counterfact
-from kbsync.errors import ConfigError
+from kbsync.editor.datasets import dataset_of, load_counterfact, load_facts, load_references, load_zsre
+from kbsync.errors import ConfigError, UsageError
 from kbsync.facts import FactKey
 from tests.conftest import shared_data
 
@@ -27,6 +27,7 @@ def full(subject: str = "Angola", relation: str = "P30", new: str = "Antarctica"
         },
         "paraphrase_prompts": [f"A plaque. {subject} belongs to the continent of"],
         "neighborhood_prompts": ["Ghana is in", "Kenya is in"],
+        "attribute_prompts": ["Ross Island is in"],
         "generation_prompts": [f"People around {subject} speak"],
     }
 
@@ -60,6 +61,9 @@ def test_a_published_record_becomes_a_request(tmp_path: Path) -> None:
     assert record.paraphrases == ("A plaque. Angola belongs to the continent of",)
     assert record.neighborhood == ("Ghana is in", "Kenya is in")
     assert record.request.key == FactKey("P30", "counterfact:Angola")
+    assert record.generation == ("People around Angola speak",)
+    assert record.attributes == ("Ross Island is in",)
+    assert record.references == ()
 
 
 def test_the_later_record_of_a_subject_and_relation_is_dropped(tmp_path: Path) -> None:
@@ -132,3 +136,117 @@ def test_the_flat_records_load() -> None:
     records = load_counterfact(shared_data("counterfact/counterfact-val.json"))
     assert len(records) == len({record.request.subject for record in records}) > 1880
     assert 0.1 < sum(bool(record.paraphrases) for record in records) / len(records) < 0.2
+
+
+def test_reference_texts_go_with_relation_and_object(tmp_path: Path) -> None:
+    """Those of attribute_snippets.json about subjects whose object is o."""
+    path = tmp_path / "attribute_snippets.json"
+    samples = [{"name": "Ross Island", "text": "An island."}, {"name": "Vostok", "text": "A station."}]
+    values = [{"relation_id": "P30", "target_id": "Q51", "samples": samples}]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    data = written(tmp_path, [full(), full(relation="P17")])
+    records = load_counterfact(data, load_references(path))
+    assert [record.references for record in records] == [("An island.", "A station."), ()]
+
+
+def test_a_file_without_reference_texts_is_refused(tmp_path: Path) -> None:
+    """By record and missing key."""
+    with pytest.raises(ConfigError, match="record 0: no reference texts: 'relation_id'"):
+        load_references(written(tmp_path, [{"target_id": "Q51"}]))
+
+
+def question(subject: str = "UniFirst", answer: str = "uniform") -> dict[str, Any]:
+    """A zsRE record in MEND's form."""
+    return {
+        "subject": subject,
+        "src": f"What is the product made by {subject}?",
+        "rephrase": f"What will be the product of {subject}?",
+        "alt": "aircraft",
+        "answers": [answer, "clothes"],
+        "loc": "nq question: who wrote it",
+        "loc_ans": "Walter Sobchak",
+    }
+
+
+def test_a_question_becomes_a_request_for_its_first_answer(tmp_path: Path) -> None:
+    """The target is answers[0], not alt; the unrelated question gets its mark."""
+    (record,) = load_zsre(written(tmp_path, [question(), question(answer="paint")]))
+    assert record.request.prompt == "What is the product made by UniFirst?"
+    assert (record.request.subject, record.request.target) == ("UniFirst", "uniform")
+    assert record.request.paraphrases == ("What will be the product of UniFirst?",)
+    assert (record.unrelated_prompt, record.unrelated_answer) == ("nq question: who wrote it?", "Walter Sobchak")
+
+
+@pytest.mark.parametrize(("gone", "problem"), [("loc", "'loc'"), ("answers", "'answers'")])
+def test_a_question_without_a_part_is_refused(tmp_path: Path, gone: str, problem: str) -> None:
+    """By record and missing key."""
+    value = {name: part for name, part in question().items() if name != gone}
+    with pytest.raises(ConfigError, match=f"record 0: not a zsRE record: {problem}"):
+        load_zsre(written(tmp_path, [value]))
+
+
+def test_the_zsre_records_load() -> None:
+    """991 different subjects in 1,000 records, each in its question once."""
+    records = load_zsre(shared_data("zsre/zsre_mend_train-1k.json"))
+    assert len(records) == 991
+    assert all(record.request.prompt.count(record.request.subject) == 1 for record in records)
+
+
+def facts(folder: Path, text: str) -> Path:
+    """A CSV file."""
+    path = folder / "facts.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_facts_of_a_csv_file_have_templates_or_rendered_prompts(tmp_path: Path) -> None:
+    """{subject}, {} or the subject itself; paraphrases parted by a bar."""
+    text = (
+        "subject,object,prompt,paraphrases\n"
+        "Vega,Lyra,{subject} is in,Where is {subject}?|The home of {} is\n"
+        "Rigel,Orion,{} belongs to,\n"
+        "Sirius,Canis Major,The home of Sirius is,\n"
+    )
+    requests = load_facts(facts(tmp_path, text))
+    assert [request.prompt for request in requests] == ["Vega is in", "Rigel belongs to", "The home of Sirius is"]
+    assert [request.target for request in requests] == ["Lyra", "Orion", "Canis Major"]
+    assert requests[0].paraphrases == ("Where is Vega?", "The home of Vega is")
+    assert requests[1].paraphrases == ()
+
+
+def test_a_relation_stands_for_the_words_after_the_subject(tmp_path: Path) -> None:
+    """Or is a template itself; a later row of the same subject and relation is dropped."""
+    text = "subject,relation,target\nVega,belongs to,Lyra\nVega,belongs to,Orion\nVega,The home of {} is,Lyra\n"
+    requests = load_facts(facts(tmp_path, text))
+    assert [request.prompt for request in requests] == ["Vega belongs to", "The home of Vega is"]
+    assert requests[0].key == FactKey("belongs to", "csv:Vega")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("subject,prompt\nVega,{} is in\n", "line 2: not a fact: 'target'"),
+        ("subject,object,prompt\nVega,Lyra,{} is in\nRigel,,{} is in\n", "line 3: not a fact: subject, object"),
+        ("subject,object,prompt\nVega,Lyra,Rigel is in\n", "line 2: not a fact: the subject 'Vega' is not in"),
+        ('subject,object\n"Vega,Lyra\n', "no CSV to read"),
+    ],
+)
+def test_a_csv_file_of_something_else_is_refused_by_line(tmp_path: Path, text: str, problem: str) -> None:
+    """The error names the file, the line and what is missing."""
+    with pytest.raises(ConfigError, match=problem):
+        load_facts(facts(tmp_path, text))
+
+
+def test_the_stars_load() -> None:
+    """The relation column has the words after the subject."""
+    requests = load_facts(shared_data("stars/star_constellation.csv"))
+    assert requests[1].prompt == "1 Aquarii belongs to"
+    assert requests[1].target == "Aquarius"
+
+
+def test_a_data_set_is_named_by_kind_and_file() -> None:
+    """kind:FILE; the file may hold a colon."""
+    assert dataset_of("zsre:a:b.json") == ("zsre", Path("a:b.json"))
+    for wrong in ("zsre", "mend:a.json", "zsre:"):
+        with pytest.raises(UsageError, match="is not known"):
+            dataset_of(wrong)

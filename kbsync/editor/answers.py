@@ -45,12 +45,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Log-probability of a continuation in nats: per token, and of the whole. `greedy`: each of its tokens is the most
-    probable one, so the greedy continuation of the prompt starts with it."""
+    """Log-probability of a continuation in nats: per token, and of the whole. `accuracy`: the share of its tokens that
+    are the most probable one, each after those before it."""
 
     mean_log_probability: float
     log_probability: float
-    greedy: bool
+    accuracy: float
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the greedy continuation of the prompt starts with it: each of its tokens is the most probable one."""
+        return self.accuracy == 1.0
 
     @property
     def probability(self) -> float:
@@ -231,7 +236,7 @@ def _score(base: Base, states: Tensor, asked: Sequence[tuple[int, _Query]]) -> l
 def _scored(values: Sequence[float], greedy: Sequence[bool]) -> Scored:
     total = math.fsum(values)
     _check_number(total)
-    return Scored(mean_log_probability=total / len(values), log_probability=total, greedy=all(greedy))
+    return Scored(mean_log_probability=total / len(values), log_probability=total, accuracy=sum(greedy) / len(greedy))
 
 
 def _check_number(log_probability: float) -> None:

@@ -6,30 +6,36 @@ greedy continuation of the edit prompt starts with all of o.
 
     scores = evaluate_counterfact(base, load_counterfact(path))      # on the weights that base holds
     print(scores.score.value, scores.score.low, scores.score.high)
+    paired_difference(score_records(base, records), score_records(edited, records)).score     # edited minus base
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kbsync.editor.answers import Scored, log_probabilities
 from kbsync.editor.datasets import CounterFactRecord
+from kbsync.editor.intervals import RESAMPLES, Interval, Run, differences, intervals
 from kbsync.editor.model import Base
 from kbsync.progress import Progress, silent
 
-__all__ = ["CounterFactScores", "Interval", "RecordScores", "evaluate_counterfact", "score_records", "summarise"]
+__all__ = [
+    "HARMONIC",
+    "CounterFactScores",
+    "Interval",
+    "RecordScores",
+    "columns",
+    "evaluate_counterfact",
+    "paired_difference",
+    "score_records",
+    "summarise",
+]
 
-RESAMPLES = 2000
-"""Bootstrap resamples of the records; the ends of a 95 % interval then move by a few tenths of its width at most."""
-_CHUNK = 100
-
-Shares = NDArray[np.float64]
+HARMONIC = ("efficacy", "paraphrase", "neighborhood")
+"""What S is the harmonic mean of: ES, PS, NS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +46,6 @@ class RecordScores:
     accuracy: bool
     paraphrase: tuple[bool, ...]
     neighborhood: tuple[bool, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A value in per cent with its 95 % interval (percentile bootstrap over records)."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,49 +100,32 @@ def _record(record: CounterFactRecord, scored: dict[tuple[str, str], Scored]) ->
     )
 
 
-def summarise(records: Sequence[RecordScores], *, seed: int = 0, resamples: int = RESAMPLES) -> CounterFactScores:
-    """Means over records (of each record's own mean, as in the authors' code) and their intervals.
+def columns(records: Sequence[RecordScores]) -> Run:
+    """Each record's own mean of each metric, as in the authors' code; nan where it has no such prompts."""
+    return {
+        "efficacy": [float(record.efficacy) for record in records],
+        "paraphrase": [_mean(record.paraphrase) for record in records],
+        "neighborhood": [_mean(record.neighborhood) for record in records],
+        "accuracy": [float(record.accuracy) for record in records],
+    }
 
-    The bootstrap draws whole records, since prompts of one record are not independent; the same seed gives the same
-    interval.
-    """
-    shares = np.array(
-        [[float(r.efficacy), _mean(r.paraphrase), _mean(r.neighborhood), float(r.accuracy)] for r in records]
-    ).reshape(-1, 4)
-    if not len(records):
-        return CounterFactScores(0, None, None, None, None, None)
-    values = _means(np.ones((1, len(records))), shares)
-    drawn = np.concatenate([_means(counts, shares) for counts in _draws(len(records), resamples, seed)])
-    intervals = [_interval(float(value), column) for value, column in zip(values[0], drawn.T, strict=True)]
-    efficacy, paraphrase, neighborhood, accuracy, score = intervals
-    return CounterFactScores(len(records), efficacy, paraphrase, neighborhood, score, accuracy)
+
+def summarise(records: Sequence[RecordScores], *, seed: int = 0, resamples: int = RESAMPLES) -> CounterFactScores:
+    """Means over records and their intervals; the same seed gives the same intervals."""
+    found = intervals(columns(records), harmonic=HARMONIC, seed=seed, resamples=resamples)
+    return CounterFactScores(records=len(records), **found)
+
+
+def paired_difference(
+    before: Sequence[RecordScores], after: Sequence[RecordScores], *, seed: int = 0, resamples: int = RESAMPLES
+) -> CounterFactScores:
+    """How many points each score of `after` is above that of `before`, two runs over the same records in one order,
+    with the interval of the paired bootstrap. Raises ValueError for runs over different numbers of records."""
+    runs = columns(before), columns(after)
+    return CounterFactScores(
+        records=len(before), **differences(*runs, harmonic=HARMONIC, seed=seed, resamples=resamples)
+    )
 
 
 def _mean(values: Sequence[bool]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _draws(records: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """How often each record is drawn, [chunk, records], in chunks."""
-    random = np.random.default_rng(seed)
-    for start in range(0, resamples, _CHUNK):
-        yield random.multinomial(records, np.full(records, 1 / records), size=min(_CHUNK, resamples - start))
-
-
-def _means(counts: NDArray[Any], shares: Shares) -> Shares:
-    """Means of the columns of `shares` [records, 4] under `counts` [m, records], and S of the first three: [m, 5].
-
-    A record without such prompts (nan) does not count; nan where none has any.
-    """
-    present = np.isfinite(shares)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means: Shares = (counts @ np.where(present, shares, 0.0)) / (counts @ present)
-        harmonic = 3 / (1 / means[:, :3]).sum(1)  # 1/0 is infinite: S is 0 where one of them is
-    return np.column_stack([means, harmonic])
-
-
-def _interval(value: float, drawn: Shares) -> Interval | None:
-    if math.isnan(value):
-        return None
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return Interval(100 * value, 100 * float(low), 100 * float(high))
