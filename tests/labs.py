@@ -7,10 +7,14 @@ records = load_counterfact(tiny_dataset(tmp_path))
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kbsync.bench.lab import Laboratory, open_laboratory
+from kbsync.cli import main
 from tests.tiny import save, tiny_llama
 
 PRESET = """\
@@ -65,3 +69,19 @@ def tiny_laboratory(folder: Path, **changes: Any) -> Laboratory:
     """The laboratory of a tiny Llama with these changes of its preset."""
     model, preset = tiny_model(folder)
     return open_laboratory(str(model), preset=str(preset), changes=changes, device="cpu")
+
+
+def tiny_options(folder: Path) -> tuple[str, ...]:
+    """What a `kbsync bench` command needs to run on the tiny model."""
+    model, preset = tiny_model(folder)
+    data = f"counterfact:{tiny_dataset(folder)}"
+    return ("--dataset", data, "--model", str(model), "--preset", str(preset), "--device", "cpu")
+
+
+def bench(*arguments: str) -> object:
+    """Run `kbsync bench …` in this process. The answer is its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["kbsync", "bench", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+    return end.value.code or 0

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from kbsync.editor.datasets import CounterFactRecord, load_counterfact
+from kbsync.editor.datasets import CounterFactRecord, dataset_of, load_counterfact
 from kbsync.errors import UsageError
 
 __all__ = ["counterfact_records", "distinct"]
 
-_KIND = "counterfact"
-
 
 def counterfact_records(dataset: str, count: int | None = None) -> list[CounterFactRecord]:
-    """`count` records (default: all) of `counterfact:FILE`, each about a subject of its own: two facts about one subject
-    share a key, and a benchmark of many facts is not one of how they mix.
+    """`count` records (default: all) of `counterfact:FILE`, each about a subject of its own, since two facts about one
+    subject share a key.
 
     Raises UsageError for another kind of data set or one with fewer such records, ConfigError for a file that is wrong.
     """
-    kind, _, path = dataset.partition(":")
-    if kind != _KIND or not path:
-        raise UsageError(f"data set {dataset!r} cannot be used here", hint=f"--dataset {_KIND}:FILE")
-    records = distinct(load_counterfact(Path(path).expanduser()))
+    kind, path = dataset_of(dataset)
+    if kind != "counterfact":
+        raise UsageError(f"data set {dataset!r} cannot be used here", hint="--dataset counterfact:FILE")
+    records = distinct(load_counterfact(path.expanduser()))
     if len(records) < (count or 1):
         raise UsageError(
             f"{path}: has {len(records)} records about different subjects, {count} were asked for",

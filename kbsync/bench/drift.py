@@ -43,7 +43,7 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """`kl` in nats per token; perplexity of the base and now; `change` of it in per cent with its 95 % interval (normal,
+    """`kl` in nats per token; perplexity of the base and now; its `change` in per cent with a 95 % interval (normal,
     over windows; None where there is only one)."""
 
     tokens: int

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbsync.bench.drift import Drift, Gauge, HeldOut
-from kbsync.bench.settings import changed
+from kbsync.bench.drift import Drift, Gauge, HeldOut, windows
+from kbsync.bench.settings import OWN_TEXT, changed
 from kbsync.editor.answers import log_probabilities
 from kbsync.editor.datasets import CounterFactRecord
 from kbsync.editor.evaluate import RecordScores, score_records
@@ -42,6 +42,9 @@ __all__ = ["PRISTINE", "Laboratory", "Weights", "open_laboratory"]
 TARGETS = "bench-targets"
 """Folder in the user's cache that keeps target vectors of benchmarks."""
 
+TEXT_TOKENS = 8192
+"""Tokens of a text file: enough that a change of the perplexity by a few per cent shows."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
@@ -58,8 +61,8 @@ PRISTINE = Weights({}, {})
 
 @dataclass(slots=True, eq=False)
 class Laboratory:
-    """A model, its settings (`changes`: where they differ from its preset's file) and what goes with them. `seconds` adds
-    up wall-clock time by phase."""
+    """A model, its settings (`changes`: where they differ from its preset's file) and what goes with them. `seconds`
+    adds up wall-clock time by phase."""
 
     name: str
     base: Base
@@ -145,6 +148,11 @@ class Laboratory:
         with self.timed("score"), self.holding(weights) as base:
             scored = log_probabilities(base, [(request.prompt, request.target) for request in requests])
         return sum(one.greedy for one in scored) / len(scored)
+
+    def held_out(self, text: Path | None = None) -> list[HeldOut]:
+        """The texts to measure drift on: what the statistics kept apart, and the first 8,192 tokens of a file."""
+        own = HeldOut(OWN_TEXT, self.statistics.holdout)
+        return [own] if text is None else [own, windows(self.base, text, tokens=TEXT_TOKENS)]
 
     def watch(self, texts: Sequence[HeldOut]) -> None:
         """From now on `drift` is measured on these texts."""

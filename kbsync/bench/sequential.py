@@ -1,8 +1,8 @@
 """Many syncs one after the other: does quality after the last one depend on how many there were?
 
-The same facts go into the same model by several strategies, a batch at a time (in all but one). After each batch a fixed
-sample of the facts, the first batch and the drift are measured; at the end all facts, and how much each strategy's
-scores differ from those of one batch, fact by fact.
+The same facts go into the same model by several strategies, a batch at a time (in all but one). After each batch a
+fixed sample of the facts, the first batch and the drift are measured; at the end all facts, and how much each
+strategy's scores differ from those of one batch, fact by fact.
 
     result = measure(lab, records, batch=10, strategies=list(STRATEGIES))
     result.runs["rebase"].difference.score          # against one-batch, with its interval
@@ -28,9 +28,9 @@ __all__ = ["REFERENCE", "STRATEGIES", "Run", "Sequential", "Step", "Strategy", "
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """How a batch goes in. `whole`: all facts as one batch. `anew`: all facts so far into the pristine base, every time.
-    `own_targets`: z on the weights edited so far instead of on the base. `protect`: earlier facts' keys stay in the
-    system."""
+    """How a batch goes in. `whole`: all facts as one batch. `anew`: all facts so far into the pristine base, every
+    time. `own_targets`: z on the weights edited so far instead of on the base. `protect`: earlier facts' keys stay in
+    the system."""
 
     says: str
     whole: bool = False

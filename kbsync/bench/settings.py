@@ -16,7 +16,10 @@ from kbsync.documents import describe, nearest
 from kbsync.editor.preset import Preset
 from kbsync.errors import UsageError
 
-__all__ = ["changed", "points", "typed"]
+__all__ = ["OWN_TEXT", "changed", "points", "typed"]
+
+OWN_TEXT = "holdout"
+"""How results call the held-out text of the statistics' corpus."""
 
 
 def typed(settings: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""Results of benchmarks as rows of a table, from the JSON documents that `--json` prints. Torch-free.
+
+columns, rows = sequential_table(result)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kbsync.bench.settings import OWN_TEXT
+
+__all__ = ["SCORES", "drift_cells", "drift_of", "interval", "score_cells", "sequential_table", "title"]
+
+SCORES = {"S": "score", "ES": "efficacy", "PS": "paraphrase", "NS": "neighborhood", "whole": "accuracy"}
+"""Columns of a table and what they show; `whole`: the greedy continuation says the whole object."""
+
+Result = Mapping[str, Any]
+Table = tuple[Sequence[str], list[Sequence[object]]]
+
+
+def interval(value: Mapping[str, Any] | None, *, sign: bool = False) -> str:
+    """A value with its interval, `83.2 (78.1 to 87.5)`; – where it was not measured."""
+    if value is None:
+        return "–"
+    shown = f"{value['value']:+.1f}" if sign else f"{value['value']:.1f}"
+    return f"{shown} ({value['low']:.1f} to {value['high']:.1f})"
+
+
+def score_cells(scores: Mapping[str, Any] | None) -> list[str]:
+    """S with its interval; ES, PS, NS and whole-object accuracy as numbers."""
+    found = scores or {}
+    rest = [found.get(key) for name, key in SCORES.items() if name != "S"]
+    return [interval(found.get("score")), *(f"{one['value']:.1f}" if one else "–" for one in rest)]
+
+
+def drift_of(drift: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The drift that is shown: on the text that was asked for, else on the held-out one; None where there is none."""
+    texts = sorted((drift or {}).items(), key=lambda item: item[0] == OWN_TEXT)
+    return texts[0][1] if texts else None
+
+
+def drift_cells(drift: Mapping[str, Any] | None) -> list[str]:
+    """KL and the change of the perplexity."""
+    shown = drift_of(drift)
+    return [f"{shown['kl']:.4f}", f"{shown['change']:+.1f} %"] if shown else ["–", "–"]
+
+
+def title(result: Result) -> str:
+    """What was measured, in a line."""
+    batch = f" in batches of {result['batch']}" if "batch" in result else ""
+    return f"bench {result['benchmark']}: {result['model']}, {result['facts']} facts of {result['dataset']}{batch}"
+
+
+def sequential_table(result: Result) -> Table:
+    """A row per strategy, at the end of all batches; the first is the unedited model."""
+    columns = ("strategy", *SCORES, "first batch", "KL", "perplexity", "S − one-batch", "minutes")
+    rows: list[Sequence[object]] = [("unedited", *score_cells(result["unedited"]))]
+    rows[0] = [*rows[0], *[""] * (len(columns) - len(rows[0]))]
+    for name, run in result["strategies"].items():
+        first = f"{run['steps'][-1]['first_batch']:.0f}" if run["steps"] else "–"
+        difference = interval(run["difference"]["score"], sign=True) if run["difference"] else ""
+        cells = [*score_cells(run["scores"]), first, *drift_cells(run["drift"]), difference]
+        rows.append((name, *cells, f"{run['seconds'] / 60:.1f}"))
+    return columns, rows
