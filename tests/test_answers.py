@@ -90,7 +90,7 @@ def test_what_is_greedy_is_what_is_answered(make: Callable[..., Base], device: s
     base = make(device=device)
     plain = [int(base.network(base.tokenizer(p, return_tensors="pt").input_ids.to(device)).logits[0, -1].argmax())
              for p in PROMPTS]  # fmt: skip
-    ids, logs = module._greedy(base, [row for row, _ in module._tokenize(base, PROMPTS)], 3)
+    ids, logs = module.continued(base, [row for row, _ in module.tokenized(base, PROMPTS)], 3, module._best)
     assert ids[:, 0].tolist() == plain
     for prompt, row, log in zip(PROMPTS, ids.tolist(), logs.tolist(), strict=True):
         sequence = base.tokenizer(prompt).input_ids

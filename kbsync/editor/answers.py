@@ -12,18 +12,29 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
 
 from kbsync.editor.model import Base
 from kbsync.errors import EditError
 from kbsync.progress import Progress, silent
 
-__all__ = ["Answer", "Scored", "answers", "final_states", "log_probabilities", "logit_chunks"]
+__all__ = [
+    "Answer",
+    "Scored",
+    "answers",
+    "check_length",
+    "continued",
+    "final_states",
+    "log_probabilities",
+    "logit_chunks",
+    "tokenized",
+]
 
 TOKENS_PER_BATCH = 2048
 """Tokens of one forward pass, padding included: bounds memory; larger is no faster on a CPU."""
@@ -31,6 +42,8 @@ WORTHWHILE_TOKENS = 128
 """A smaller forward pass would cost more by its overhead than it saves of padding."""
 LOGITS_PER_CHUNK = 2**24
 """Numbers of one block of logits (64 MiB in float32): the whole answer of [2000, vocabulary] is never in memory."""
+Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Of logits [rows, vocabulary], the next token of each row [rows] and a number about it [rows]."""
 _CLAUSE_END = re.compile(r"(?<=[^\s.]{3})\.(?=\s|$)|(?<=\S)[,;:!?](?=\s|$)|\.?\n")
 """Where an answer ends. A full stop after fewer than three letters does not end it: "St. Petersburg"."""
 
@@ -128,21 +141,21 @@ def answers(base: Base, prompts: Sequence[str], *, tokens: int = 8, progress: Pr
     Plain argmax at every step, whatever generation settings came with the model. Raises EditError for an empty prompt,
     one that leaves no room in the model's context, and probabilities that are not numbers.
     """
-    rows = [row for row, _ in _tokenize(base, prompts)]
+    rows = [row for row, _ in tokenized(base, prompts)]
     for prompt, row in zip(prompts, rows, strict=True):
-        _check_length(base, len(row) + tokens, prompt)
+        check_length(base, len(row) + tokens, prompt)
         if not row:
             raise EditError(f"prompt {prompt!r} has no tokens", hint="write something for the model to continue")
     found: dict[int, Answer] = {}
     for batch in _batches([len(row) + tokens for row in rows]):
-        ids, log_probs = _greedy(base, [rows[index] for index in batch], tokens)
+        ids, log_probs = continued(base, [rows[index] for index in batch], tokens, _best)
         for place, index in enumerate(batch):
             found[index] = _answer(base, ids[place].tolist(), log_probs[place].tolist())
         progress("answer", len(found), len(rows))
     return [found[index] for index in range(len(rows))]
 
 
-def _tokenize(base: Base, texts: Sequence[str]) -> list[tuple[tuple[int, ...], list[int]]]:
+def tokenized(base: Base, texts: Sequence[str]) -> list[tuple[tuple[int, ...], list[int]]]:
     """For each text its tokens and the character that each ends before; special tokens after the text are left off."""
     if not texts:
         return []
@@ -159,13 +172,13 @@ def _tokenize(base: Base, texts: Sequence[str]) -> list[tuple[tuple[int, ...], l
 def _queries(base: Base, pairs: Sequence[tuple[str, str]]) -> list[_Query]:
     queries: list[_Query] = []
     texts = [_written(prompt, continuation) for prompt, continuation in pairs]
-    for (prompt, continuation), (ids, ends) in zip(pairs, _tokenize(base, texts), strict=True):
+    for (prompt, continuation), (ids, ends) in zip(pairs, tokenized(base, texts), strict=True):
         start = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
         if not continuation.strip() or start == len(ids):
             raise EditError(f"nothing to score after {prompt!r}", hint="the continuation must have a token")
         if start == 0:
             raise EditError(f"no prompt before {continuation!r}", hint="the prompt must have a token")
-        _check_length(base, len(ids), texts[len(queries)])
+        check_length(base, len(ids), texts[len(queries)])
         queries.append(_Query(ids, start))
     return queries
 
@@ -191,7 +204,8 @@ def _written(prompt: str, continuation: str) -> str:
     return prompt + ("" if spaced else " ") + continuation
 
 
-def _check_length(base: Base, length: int, text: str) -> None:
+def check_length(base: Base, length: int, text: str) -> None:
+    """Raises EditError where a text of `length` tokens is longer than the model reads."""
     if length > (limit := base.max_tokens):
         raise EditError(
             f"{text[:60]!r}… needs {length} tokens and the model reads {limit}", hint="shorten the prompt's template"
@@ -245,8 +259,8 @@ def _check_number(log_probability: float) -> None:
 
 
 @torch.no_grad()
-def _greedy(base: Base, rows: Sequence[tuple[int, ...]], tokens: int) -> tuple[Tensor, Tensor]:
-    """The next `tokens` tokens of each row and their log-probabilities, both [rows, tokens].
+def continued(base: Base, rows: Sequence[Sequence[int]], tokens: int, choose: Choose) -> tuple[Tensor, Tensor]:
+    """The next `tokens` tokens of each row and what `choose` says of them, both [rows, tokens].
 
     Padded on the left, so that all rows go on in the same column; positions count from each row's own first token.
     """
@@ -257,21 +271,21 @@ def _greedy(base: Base, rows: Sequence[tuple[int, ...]], tokens: int) -> tuple[T
         ids[index, longest - len(row) :] = torch.tensor(row)
         mask[index, longest - len(row) :] = 1
     ids, mask = ids.to(base.device), mask.to(base.device)
-    positions, cache = (mask.cumsum(1) - 1).clamp(min=0), base.cache_name
-    past: dict[str, Any] = {cache: None}
-    chosen, log_probs = [], []
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # Memory for all tokens at once: a cache that grows would be copied whole at every step.
+    past = {base.cache_name: StaticCache(config=base.network.config, max_cache_len=longest + tokens)}
+    chosen, said = [], []
     for _ in range(tokens):
-        read = base.network.base_model(
+        states = base.network.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **past
-        )
-        past = {cache: read[cache]}
-        best = [_best(logits) for logits in logit_chunks(base, read.last_hidden_state[:, -1])]
-        ids = torch.cat([token for token, _ in best])[:, None]  # [rows, 1]
+        ).last_hidden_state
+        token, value = choose(torch.cat(list(logit_chunks(base, states[:, -1]))))
+        ids = token[:, None]  # [rows, 1]
         chosen.append(ids)
-        log_probs.append(torch.cat([value for _, value in best])[:, None])
+        said.append(value[:, None])
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         positions = positions[:, -1:] + 1
-    return torch.cat(chosen, dim=1), torch.cat(log_probs, dim=1)
+    return torch.cat(chosen, dim=1), torch.cat(said, dim=1)
 
 
 def _best(logits: Tensor) -> tuple[Tensor, Tensor]:

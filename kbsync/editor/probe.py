@@ -9,18 +9,16 @@ edit, so that drift cannot add up unseen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kbsync.editor.answers import TOKENS_PER_BATCH, Scored, answers, final_states, log_probabilities, logit_chunks
+from kbsync.editor.answers import Scored, answers, log_probabilities
 from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
+from kbsync.editor.drift import HeldOut
 from kbsync.editor.model import Base, weights_in
-from kbsync.errors import EditError
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress, silent
 
@@ -116,11 +114,11 @@ def probe(
     Raises EditError for weights or probabilities that are not finite.
     """
     before = _controls(base, controls, progress)
-    states = _holdout_states(base, holdout)
+    text = HeldOut(base, holdout)
     with weights_in(base, matrices):
         facts = _facts(base, requests, progress)
         after = _controls(base, controls, progress)
-        drift = _drift(base, states, _holdout_states(base, holdout))
+        drift = text.drift()
     told = zip(controls.prompts, before, after, strict=True)
     changed = tuple(
         ChangedControl(prompt, old, new) for prompt, old, new in told if not f"{new} ".startswith(f"{old} ")
@@ -129,11 +127,11 @@ def probe(
         efficacy=_ratio(sum(fact.efficacy for fact in facts), len(facts)),
         paraphrase=_ratio(sum(fact.hits for fact in facts), sum(fact.paraphrases for fact in facts)),
         specificity_drop=_ratio(len(changed), len(before)),
-        drift=drift,
+        drift=drift.kl if drift else None,
         facts=tuple(facts),
         control_prompts=len(before),
         controls=controls.description,
-        drift_tokens=len(states),
+        drift_tokens=drift.tokens if drift else 0,
         changed=changed,
     )
 
@@ -166,28 +164,6 @@ def _facts(base: Base, requests: Sequence[EditRequest], progress: Progress) -> l
         )
         for request, score, hit in zip(requests, own, hits, strict=True)
     ]
-
-
-def _holdout_states(base: Base, holdout: Tensor) -> Tensor:
-    """Final states [rows * T, d] of held-out text [rows, T] on the weights that `base` holds."""
-    if not holdout.numel():
-        return torch.empty(0, 0)
-    rows = max(1, TOKENS_PER_BATCH // holdout.shape[1])
-    return torch.cat([final_states(base, part.tolist()).flatten(0, 1) for part in torch.split(holdout, rows)])
-
-
-def _drift(base: Base, before: Tensor, after: Tensor) -> float | None:
-    """Mean KL(base || edited) in nats per token, of final states [m, d] each. The head is not edited, so it turns both
-    into logits; block by block."""
-    if not len(before):
-        return None
-    total = 0.0
-    for old, new in zip(logit_chunks(base, before), logit_chunks(base, after), strict=True):
-        kept, moved = old.log_softmax(1), new.log_softmax(1)
-        total += float((kept.exp() * (kept - moved)).sum(dtype=torch.float64))
-    if math.isnan(total):
-        raise EditError("the edited model's probabilities are not numbers", hint="kbsync verify")
-    return total / len(before)
 
 
 def _ratio(part: int, whole: int) -> float | None:
