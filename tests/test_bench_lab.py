@@ -11,7 +11,7 @@ import torch
 
 from kbsync.bench.conditions import document
 from kbsync.bench.data import counterfact_records
-from kbsync.bench.drift import Gauge, HeldOut, windows
+from kbsync.editor.drift import Gauge, HeldOut, windows
 from kbsync.bench.lab import PRISTINE, Laboratory, open_laboratory
 from kbsync.bench.settings import changed, points, typed
 from kbsync.editor import datasets

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbsync.bench.drift import Drift, Gauge, HeldOut, windows
+from kbsync.editor.drift import Drift, Gauge, HeldOut, windows
 from kbsync.bench.settings import OWN_TEXT, changed
 from kbsync.editor.answers import log_probabilities
 from kbsync.editor.datasets import CounterFactRecord

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kbsync.editor.answers import Scored, answers, log_probabilities
 from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
-from kbsync.editor.drift import HeldOut
+from kbsync.editor.drift import Gauge, HeldOut
 from kbsync.editor.model import Base, weights_in
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress, silent
@@ -67,8 +67,8 @@ class ProbeReport:
     """Shares in 0..1 and drift in nats per token (ARCHITECTURE "Probe and gate"); None where nothing was measured.
 
     `specificity_drop`: share of the control prompts whose greedy answer differs from the base's (`changed`); an answer
-    that only goes on longer is the same. `drift`: mean KL(base || edited) of the next token over `drift_tokens` tokens
-    of held-out text. `controls` says which prompts were used.
+    that only goes on longer is the same. `drift`: mean KL(base || edited) of the token that follows, over
+    `drift_tokens` tokens of held-out text. `controls` says which prompts were used.
     """
 
     efficacy: float | None
@@ -114,11 +114,11 @@ def probe(
     Raises EditError for weights or probabilities that are not finite.
     """
     before = _controls(base, controls, progress)
-    text = HeldOut(base, holdout)
+    gauge = Gauge(base, [HeldOut("holdout", holdout)] if holdout.numel() else [])
     with weights_in(base, matrices):
         facts = _facts(base, requests, progress)
         after = _controls(base, controls, progress)
-        drift = text.drift()
+        drift = gauge.measure().get("holdout")
     told = zip(controls.prompts, before, after, strict=True)
     changed = tuple(
         ChangedControl(prompt, old, new) for prompt, old, new in told if not f"{new} ".startswith(f"{old} ")
