@@ -11,11 +11,11 @@ import torch
 
 from kbsync.bench.conditions import document
 from kbsync.bench.data import counterfact_records
-from kbsync.editor.drift import Gauge, HeldOut, windows
 from kbsync.bench.lab import PRISTINE, Laboratory, open_laboratory
 from kbsync.bench.settings import changed, points, typed
 from kbsync.editor import datasets
 from kbsync.editor.datasets import CounterFactRecord
+from kbsync.editor.drift import Gauge, HeldOut, windows
 from kbsync.editor.memit import insert
 from kbsync.editor.targets import compute_targets
 from kbsync.errors import UsageError

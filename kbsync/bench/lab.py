@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbsync.editor.drift import Drift, Gauge, HeldOut, windows
 from kbsync.bench.settings import OWN_TEXT, changed
 from kbsync.editor.answers import log_probabilities
 from kbsync.editor.datasets import CounterFactRecord
+from kbsync.editor.drift import Drift, Gauge, HeldOut, windows
 from kbsync.editor.evaluate import RecordScores, score_records
 from kbsync.editor.memit import insert
 from kbsync.editor.model import Base, load_base, weights_in

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kbsync.editor.drift import Drift, HeldOut
 from kbsync.bench.lab import PRISTINE, Laboratory, Weights
 from kbsync.editor.datasets import CounterFactRecord
+from kbsync.editor.drift import Drift, HeldOut
 from kbsync.editor.evaluate import CounterFactScores, RecordScores, paired_difference, summarise
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest
