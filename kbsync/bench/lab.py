@@ -42,6 +42,8 @@ __all__ = ["PRISTINE", "Laboratory", "Weights", "open_laboratory"]
 TARGETS = "bench-targets"
 """Folder in the user's cache that keeps target vectors of benchmarks."""
 
+OF_STATISTICS = ("corpus", "sample_tokens", "seed", "chat_context")
+"""Keys of a preset, beside its layers, that the statistics and the contexts depend on."""
 TEXT_TOKENS = 8192
 """Tokens of a text file: enough that a change of the perplexity by a few per cent shows."""
 
@@ -84,13 +86,19 @@ class Laboratory:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def with_preset(self, preset: Preset) -> Laboratory:
-        """The same laboratory with other settings; statistics are collected where they lack one of the layers."""
+        """The same laboratory with other settings; statistics are collected where they lack a layer or are of
+        another text."""
         missing = {self.base.spec.down_name(layer) for layer in preset.layers} - self.statistics.covariance.keys()
         statistics = self.statistics
-        if missing:
+        if missing or any(getattr(preset, key) != getattr(self.preset, key) for key in OF_STATISTICS):
             with self.timed("statistics"):
                 statistics = statistics_for(self.base, preset, progress=self.progress)
         return replace(self, preset=preset, statistics=statistics)
+
+    def covering(self, layers: Collection[int]) -> Laboratory:
+        """The same laboratory with statistics of these layers too, collected together where one is missing."""
+        wide = tuple(sorted({*self.preset.layers, *layers}))
+        return replace(self.with_preset(changed(self.preset, {"layers": wide})), preset=self.preset)
 
     @contextmanager
     def holding(self, weights: Weights) -> Iterator[Base]:
@@ -186,20 +194,18 @@ def open_laboratory(
     *,
     preset: str = "",
     changes: Mapping[str, Any] | None = None,
-    layers: Collection[int] = (),
     device: str = "auto",
     progress: Progress = silent,
 ) -> Laboratory:
     """The laboratory of a model: an embedded one, a folder or a Hugging Face id that was pulled.
 
     `preset` is a name or a YAML file (default: the model's name), `changes` are other values for its keys. The chat
-    context is off unless changed: benchmarks are of plain prompts. `layers`: more layers to have statistics of.
+    context is off unless changed: benchmarks are of plain prompts.
     Raises ModelError and UsageError as the parts do.
     """
     folder = resolve_model(model)
     settings = changed(load_preset(preset or folder.name), {"chat_context": False} | dict(changes or {}))
     base = load_base(folder.path, fingerprint=fingerprint(folder.path), device=device)
-    covered = settings.model_copy(update={"layers": tuple(sorted({*settings.layers, *layers}))})
-    statistics = statistics_for(base, covered, progress=progress)
+    statistics = statistics_for(base, settings, progress=progress)
     where = cache_dir() / TARGETS
     return Laboratory(folder.name, base, settings, statistics, where, changes or {}, progress)

@@ -10,7 +10,18 @@ from typing import Any
 
 from kbsync.bench.settings import OWN_TEXT
 
-__all__ = ["SCORES", "drift_cells", "drift_of", "interval", "score_cells", "sequential_table", "title"]
+__all__ = [
+    "SCORES",
+    "drift_cells",
+    "drift_of",
+    "interval",
+    "mix_table",
+    "points_table",
+    "scaling_table",
+    "score_cells",
+    "sequential_table",
+    "title",
+]
 
 SCORES = {"S": "score", "ES": "efficacy", "PS": "paraphrase", "NS": "neighborhood", "whole": "accuracy"}
 """Columns of a table and what they show; `whole`: the greedy continuation says the whole object."""
@@ -63,3 +74,38 @@ def sequential_table(result: Result) -> Table:
         cells = [*score_cells(run["scores"]), first, *drift_cells(run["drift"]), difference]
         rows.append((name, *cells, f"{run['seconds'] / 60:.1f}"))
     return columns, rows
+
+
+def points_table(result: Result) -> Table:
+    """A row per point; * marks those that no other point beats in both S and perplexity."""
+    columns = ("point", *SCORES, "KL", "perplexity", "‖ΔW‖/‖W‖", "")
+    unedited = ("unedited", *score_cells(result["unedited"]), "", "", "", "")
+    rows: list[Sequence[object]] = [unedited]
+    for point in result["points"]:
+        largest = f"{max(point['norms'].values()):.3f}" if point["norms"] else "–"
+        note = point["stopped"] or ("*" if point["pareto"] else "")
+        rows.append((point["name"], *score_cells(point["scores"]), *drift_cells(point["drift"]), largest, note))
+    return columns, rows
+
+
+def scaling_table(result: Result) -> Table:
+    """A row per method and number of facts, with what the unedited model scores on them."""
+    columns = ("method", "facts", *SCORES, "KL", "perplexity", "seconds", "unedited S")
+    rows: list[Sequence[object]] = []
+    for point in result["points"]:
+        numbers = (*score_cells(point["scores"]), *drift_cells(point["drift"]), f"{point['seconds']:.1f}")
+        before = interval(point["unedited"]["score"])
+        rows.append((point["method"], point["facts"], *numbers, point["stopped"] or before))
+    return columns, rows
+
+
+def mix_table(result: Result) -> Table:
+    """Three rows per pair: each relation alone, and the mix with its difference from the same facts alone."""
+    columns = ("relations", *SCORES, "S − alone")
+    rows: list[Sequence[object]] = []
+    for pair in result["pairs"]:
+        for relation, scores in zip(pair["relations"], pair["alone"], strict=True):
+            rows.append((relation, *score_cells(scores), ""))
+        difference = interval(pair["difference"]["score"], sign=True)
+        rows.append((" + ".join(pair["relations"]), *score_cells(pair["mixed"]), difference))
+    return columns, [*rows, ("all pairs", *[""] * len(SCORES), interval(result["difference"]["score"], sign=True))]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,13 +13,20 @@ from rich.markup import escape
 from kbsync.cli.common import AsJson, bars, emit, say, table
 from kbsync.errors import UsageError
 
+if TYPE_CHECKING:
+    from kbsync.bench.lab import Laboratory
+    from kbsync.bench.points import Point
+
 __all__ = ["app"]
 
 app = typer.Typer()
 bench_app = typer.Typer(help="Measure the engine on a data set.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
+MODEL = "smollm2-135m"
+
 Dataset = Annotated[str, typer.Option("--dataset", help="The facts.", metavar="counterfact:FILE")]
+Facts = Annotated[int, typer.Option("--facts", min=1, help="Facts in all.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="A model that was pulled, or a folder.")]
 PresetName = Annotated[str, typer.Option("--preset", help="A preset or a YAML file. Default: the model's own.")]
 Changes = Annotated[
@@ -27,15 +35,20 @@ Changes = Annotated[
 Text = Annotated[Path | None, typer.Option("--text", help="A text file to measure drift on, beside the held-out text.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0 …")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result there, as PNG and SVG.")]
-MODEL = "smollm2-135m"
+Points = Annotated[
+    list[str] | None,
+    typer.Option("--point", help="A point instead of the default ones; repeatable.", metavar="NAME: KEY=V,KEY=V"),
+]
+Evaluate = Annotated[int | None, typer.Option("--evaluate", min=1, help="Score so many of the facts. Default: all.")]
 
+Result = Mapping[str, Any]
 Table = tuple[Sequence[str], list[Sequence[object]]]
 
 
 @bench_app.command()
 def sequential(
     dataset: Dataset,
-    facts: Annotated[int, typer.Option(min=1, help="Facts in all.")] = 200,
+    facts: Facts = 200,
     batch: Annotated[int, typer.Option(min=1, help="Facts in a batch.")] = 10,
     strategy: Annotated[list[str] | None, typer.Option(help="A strategy; repeatable. Default: all.")] = None,
     text: Text = None,
@@ -49,19 +62,155 @@ def sequential(
     """Many syncs one after the other, by strategy: one-batch, incremental, rebase, plain-z0, plain."""
     from kbsync.bench.conditions import document
     from kbsync.bench.data import counterfact_records
-    from kbsync.bench.lab import open_laboratory
     from kbsync.bench.report import sequential_table
     from kbsync.bench.sequential import STRATEGIES, measure
-    from kbsync.bench.settings import typed
     from kbsync.plots.bench import draw_sequential
 
-    records = counterfact_records(dataset, facts)
-    chosen = _chosen(strategy, STRATEGIES, "strategy")
-    with bars() as progress:
-        lab = open_laboratory(model, preset=preset, changes=typed(changes or ()), device=device, progress=progress)
+    records, chosen = counterfact_records(dataset, facts), _chosen(strategy, STRATEGIES, "strategy")
+    with _laboratory(model, preset, changes, device) as lab:
         found = measure(lab, records, batch=batch, strategies=chosen, texts=lab.held_out(text))
     result = document("sequential", lab, dataset, facts=facts, batch=batch) | found.to_json()
     _show(result, sequential_table, draw_sequential, plot, as_json)
+
+
+@bench_app.command()
+def frontier(
+    dataset: Dataset,
+    facts: Facts = 400,
+    point: Points = None,
+    evaluate: Evaluate = None,
+    text: Text = None,
+    model: Model = MODEL,
+    preset: PresetName = "",
+    changes: Changes = None,
+    device: Device = "auto",
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """S against drift over λ, clamp, steps, stopping, null space and layers; what no other point beats is marked."""
+    from kbsync.bench.grids import frontier_points
+
+    with _laboratory(model, preset, changes, device) as lab:
+        points = _points(point) or frontier_points(lab.preset)
+        result = _compared("frontier", lab, points, dataset, facts, evaluate, text)
+    _show_points(result, plot, as_json)
+
+
+@bench_app.command()
+def ablation(
+    dataset: Dataset,
+    facts: Facts = 100,
+    point: Points = None,
+    evaluate: Evaluate = None,
+    text: Text = None,
+    model: Model = MODEL,
+    preset: PresetName = "",
+    changes: Changes = None,
+    device: Device = "auto",
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """What matters: layers early, middle or late, one or many, attention instead of the MLP, λ (Appendix F)."""
+    from kbsync.bench.grids import ablation_points
+
+    with _laboratory(model, preset, changes, device) as lab:
+        points = _points(point) or ablation_points(lab.preset, lab.base.layers)
+        result = _compared("ablation", lab, points, dataset, facts, evaluate, text)
+    _show_points(result, plot, as_json)
+
+
+@bench_app.command()
+def scaling(
+    dataset: Dataset,
+    facts: Annotated[str, typer.Option("--facts", help="Numbers of facts.", metavar="N,N,…")] = "1,3,10,32,100,316",
+    text: Text = None,
+    model: Model = MODEL,
+    preset: PresetName = "",
+    changes: Changes = None,
+    device: Device = "auto",
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Scores over the number of facts inserted at once (Figure 5 of the paper)."""
+    from kbsync.bench.conditions import document
+    from kbsync.bench.data import counterfact_records
+    from kbsync.bench.report import scaling_table
+    from kbsync.bench.scaling import measure
+    from kbsync.plots.bench import draw_scaling
+
+    counts = _counts(facts)
+    records = counterfact_records(dataset, max(counts))
+    with _laboratory(model, preset, changes, device) as lab:
+        found = measure(lab, records, counts, texts=lab.held_out(text))
+    result = document("scaling", lab, dataset, facts=max(counts), counts=counts) | found.to_json()
+    _show(result, scaling_table, draw_scaling, plot, as_json)
+
+
+@bench_app.command()
+def mix(
+    dataset: Dataset,
+    facts: Annotated[int, typer.Option("--facts", min=2, help="Facts of each relation.")] = 20,
+    pair: Annotated[
+        list[str] | None, typer.Option(help="Two relations; repeatable. Default: the largest.", metavar="A:B")
+    ] = None,
+    model: Model = MODEL,
+    preset: PresetName = "",
+    changes: Changes = None,
+    device: Device = "auto",
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Facts of two relations: each relation alone and both together (Section 5.4 of the paper)."""
+    from kbsync.bench.conditions import document
+    from kbsync.bench.data import counterfact_records
+    from kbsync.bench.mix import measure, pairs
+    from kbsync.bench.report import mix_table
+    from kbsync.plots.bench import draw_mix
+
+    wanted = pairs(counterfact_records(dataset), count=PAIRS, facts=facts, named=_pairs(pair))
+    with _laboratory(model, preset, changes, device) as lab:
+        found = measure(lab, wanted)
+    _show(document("mix", lab, dataset, facts=facts) | found.to_json(), mix_table, draw_mix, plot, as_json)
+
+
+PAIRS = 3
+"""Pairs of relations that `mix` takes by itself."""
+
+
+@contextmanager
+def _laboratory(model: str, preset: str, changes: Sequence[str] | None, device: str) -> Iterator[Laboratory]:
+    """The laboratory, with a progress bar while it is used."""
+    from kbsync.bench.lab import open_laboratory
+    from kbsync.bench.settings import typed
+
+    values = typed(changes or ())
+    with bars() as progress:
+        yield open_laboratory(model, preset=preset, changes=values, device=device, progress=progress)
+
+
+def _compared(
+    name: str,
+    lab: Laboratory,
+    points: Sequence[Point],
+    dataset: str,
+    facts: int,
+    evaluate: int | None,
+    text: Path | None,
+) -> Result:
+    from kbsync.bench.conditions import document
+    from kbsync.bench.data import counterfact_records
+    from kbsync.bench.points import measure
+
+    records = counterfact_records(dataset, facts)
+    found = measure(lab, points, records, evaluate=evaluate, texts=lab.held_out(text))
+    return document(name, lab, dataset, facts=facts) | found.to_json()
+
+
+def _points(texts: Sequence[str] | None) -> list[Point]:
+    from kbsync.bench.points import Point
+    from kbsync.bench.settings import points
+
+    return [Point(name, changes) for name, changes in points(texts or ()).items()]
 
 
 def _chosen(wanted: Sequence[str] | None, known: Mapping[str, object], what: str) -> list[str]:
@@ -72,10 +221,31 @@ def _chosen(wanted: Sequence[str] | None, known: Mapping[str, object], what: str
     return list(wanted or known)
 
 
+def _counts(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"--facts {text!r}: not a list of numbers", hint="--facts 1,10,100")
+    return [int(part) for part in parts]
+
+
+def _pairs(texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    found = [(one.strip(), other.strip()) for one, _, other in (text.partition(":") for text in texts or ())]
+    if not all(one and other for one, other in found):
+        raise UsageError("a pair needs two relations", hint="--pair P37:P495")
+    return found
+
+
+def _show_points(result: Result, plot: Path | None, as_json: bool) -> None:
+    from kbsync.bench.report import points_table
+    from kbsync.plots.bench import draw_points
+
+    _show(result, points_table, draw_points, plot, as_json)
+
+
 def _show(
-    result: Mapping[str, Any],
-    rows: Callable[[Mapping[str, Any]], Table],
-    draw: Callable[[Mapping[str, Any], Path], None],
+    result: Result,
+    rows: Callable[[Result], Table],
+    draw: Callable[[Result, Path], None],
     plot: Path | None,
     as_json: bool,
 ) -> None:
