@@ -34,6 +34,7 @@ def test_packaged_preset_loads(name: str) -> None:
 def test_unknown_model_is_refused_with_what_to_do() -> None:
     with pytest.raises(ModelError, match="no preset for model 'gpt-99'") as caught:
         load_preset("gpt-99")
+    assert "kbsync calibrate MODEL" in caught.value.hint
     assert "preset:" in caught.value.hint
 
 
@@ -97,3 +98,26 @@ def test_targets_survive_changes_that_do_not_touch_them(weight: float, tokens: i
 def test_scores_and_notes_are_no_settings() -> None:
     told = Preset(**SETTINGS | {"scores": {"S": 84.0}, "note": "measured"})
     assert told.digest == Preset(**SETTINGS).digest
+
+
+def test_presets_from_papers_say_that_they_were_not_measured() -> None:
+    """Only what was measured here has scores; the others say where they are from."""
+    presets = [load_preset(name) for name in packaged_presets()]
+    assert {preset.name for preset in presets if preset.scores} == {"smollm2-135m"}
+    for preset in presets:
+        assert bool(preset.scores) != preset.note.startswith("Not measured here."), preset.name
+        assert preset.scores or "arXiv" in preset.note or "kmeng01/memit" in preset.note
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "weight", "clamp", "steps"),
+    [
+        ("gpt-j-6b", range(3, 9), 15_000, 0.75, 25),
+        ("gpt-neox-20b", range(6, 11), 20_000, 0.3, 20),
+        ("gpt2-xl", range(13, 18), 20_000, 0.75, 20),
+    ],
+)
+def test_presets_from_papers_are_the_papers(name: str, layers: range, weight: int, clamp: float, steps: int) -> None:
+    found = load_preset(name)
+    assert found.layers == tuple(layers)
+    assert (found.covariance_weight, found.clamp, found.rate, found.steps) == (weight, clamp, 0.5, steps)

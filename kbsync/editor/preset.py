@@ -113,7 +113,7 @@ def load_preset(name_or_path: str | Path) -> Preset:
     if text not in (known := packaged_presets()):
         raise ModelError(
             f"no preset for model {text!r} (packaged: {', '.join(known)}); settings of another model would ruin it",
-            hint="measure settings for this model, write them to a YAML file, name it as `preset:` in kbsync.yaml",
+            hint="kbsync calibrate MODEL --facts FILE --out NAME.yaml, then `preset: NAME.yaml` in kbsync.yaml",
         )
     with resources.as_file(resources.files("kbsync.editor") / "presets" / f"{text}.yaml") as path:
         return validate(path, Preset)
