@@ -70,7 +70,7 @@ def load_known(path: Path) -> list[KnownFact]:
 
 def is_counterfact(path: Path) -> bool:
     """Whether the file holds CounterFact records (published or flat) rather than known facts. Raises ConfigError."""
-    first = next(iter(_records(path)), {})
+    first: Any = next(iter(_records(path)), None)
     return isinstance(first, Mapping) and ("requested_rewrite" in first or "target_new" in first)
 
 
