@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from kbsync.cli import bench, daemon, demo, model, read, setup, study, write
+from kbsync.cli import bench, daemon, demo, evaluate, model, read, setup, study, write
 from kbsync.errors import KbsyncError
 from kbsync.log import configure
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (setup.app, write.app, read.app, model.app, daemon.app, demo.app, bench.app, study.app):
+for part in (setup.app, write.app, read.app, model.app, daemon.app, demo.app, bench.app, study.app, evaluate.app):
     app.add_typer(part)
 
 

@@ -13,12 +13,12 @@ from kbsync.cli.common import AsJson, Root, emit, opened, say, table
 if TYPE_CHECKING:
     from kbsync.serving import Versions
 
-__all__ = ["app"]
+__all__ = ["app", "version_number"]
 
 app = typer.Typer()
 
 
-def _number(text: str) -> int | Literal["live"]:
+def version_number(text: str) -> int | Literal["live"]:
     """`live` or a version number. Raises UsageError."""
     from kbsync.errors import UsageError
 
@@ -41,7 +41,7 @@ def ask(
     """Ask versions of the model to continue a prompt; with --compare, side by side."""
     from kbsync.serving import Versions
 
-    numbers = [_number(text) for text in dict.fromkeys([of, *([compare] if compare is not None else [])])]
+    numbers = [version_number(text) for text in dict.fromkeys([of, *([compare] if compare is not None else [])])]
     with opened(root) as (workspace, ledger):
         asked = _ask(Versions.open(workspace, ledger), numbers, prompt, objects or [])
     if as_json:
@@ -97,7 +97,7 @@ def export(
         raise UsageError(f"format {form} is not known", hint="--format checkpoint")
     with opened(root) as (workspace, ledger):
         versions = Versions.open(workspace, ledger)
-        export_checkpoint(versions.load(_number(of)), versions.folder.path, out)
+        export_checkpoint(versions.load(version_number(of)), versions.folder.path, out)
     say(f"version {of} lies in {escape(str(out))}")
 
 

@@ -12,6 +12,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from kbsync.editor.model import Base, load_base
 from kbsync.errors import BaseMismatch, StoreError, UsageError
 from kbsync.versions.delta import read_delta
@@ -19,7 +21,7 @@ from kbsync.versions.files import TEMPORARY, sync_folder
 from kbsync.versions.manifest import Manifest
 from kbsync.versions.weights import Read, rebuild, served, weights_sha256
 
-__all__ = ["export_checkpoint", "load_version", "put_version"]
+__all__ = ["export_checkpoint", "load_version", "put_version", "version_matrices"]
 
 _COPIED = {".json", ".jinja", ".model", ".txt"}
 """What a checkpoint folder holds beside its weights: the tokenizer, its templates, and the licence (no suffix)."""
@@ -39,8 +41,16 @@ def load_version(folder: Path, manifest: Manifest, deltas: Path, *, fingerprint:
 def put_version(base: Base, manifest: Manifest, read: Read) -> None:
     """Put the weights of `manifest` into `base`, which holds the pristine ones; `read` gives a delta by its sha256.
 
-    Nothing is changed unless the weights come out as recorded, byte for byte. Raises BaseMismatch for another base,
-    StoreError for another dtype or hash than recorded, and what `read` raises.
+    Nothing is changed unless the weights come out as recorded, byte for byte. Raises what `version_matrices` raises.
+    """
+    for module, matrix in version_matrices(base, manifest, read).items():
+        base.set_weight(module, matrix)
+
+
+def version_matrices(base: Base, manifest: Manifest, read: Read) -> dict[str, Tensor]:
+    """The edited matrices of `manifest` by module, as they are served; `base` holds the pristine weights.
+
+    Raises BaseMismatch for another base, StoreError for another dtype or hash than recorded, and what `read` raises.
     """
     _require_base(base.fingerprint, manifest)
     if (dtype := str(base.dtype).removeprefix("torch.")) != manifest.dtype:
@@ -55,8 +65,7 @@ def put_version(base: Base, manifest: Manifest, read: Read) -> None:
             f"version {manifest.number}: its weights come out as {found[:12]}, recorded {manifest.weights_sha256[:12]}",
             hint="kbsync verify",
         )
-    for module, matrix in matrices.items():
-        base.set_weight(module, matrix)
+    return matrices
 
 
 def _require_base(fingerprint: str, manifest: Manifest) -> None:
