@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from typing import IO, Any
 
 from kbsync.editor.job import EditJob, EditResult
 from kbsync.errors import Cancelled, EditError, KbsyncError
 from kbsync.progress import Progress, silent
 
-__all__ = ["run_edit"]
+__all__ = ["end", "last_words", "run_edit", "start"]
 
 WORKER = "kbsync.editor.worker"
 POLL_SECONDS = 0.2
@@ -38,26 +39,39 @@ def run_edit(
     """
     stop = cancelled or threading.Event()
     with tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
-            [sys.executable, "-m", worker],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            start_new_session=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"},
-        )
+        process = start(worker, stderr)
         watcher = threading.Thread(target=_end_when_set, args=(process, stop), daemon=True)
         watcher.start()
         try:
             answer = _converse(process, job, progress)
         finally:
-            _end(process)
+            end(process)
             watcher.join()
             if process.stdout is not None:
                 process.stdout.close()
         if stop.is_set():
             raise Cancelled("the edit was cancelled; nothing was published", hint="the next pass plans it again")
-        return _outcome(answer, process.returncode, stderr)
+        return _outcome(answer, last_words(process, stderr))
+
+
+def start(module: str, stderr: IO[bytes], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """One of our own modules under our own interpreter, with pipes to its stdin and from its stdout."""
+    return subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        start_new_session=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **(environment or {})},
+    )
+
+
+def last_words(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
+    """How an ended process ended, in one line: its status, and the last line that it wrote to `stderr`."""
+    size = stderr.seek(0, os.SEEK_END)
+    stderr.seek(max(0, size - STDERR_TAIL))
+    tail = stderr.read().decode(errors="replace").strip().splitlines()
+    return f"status {process.wait()}" + (f": {tail[-1]}" if tail else "")
 
 
 def _converse(process: subprocess.Popen[bytes], job: EditJob, progress: Progress) -> dict[str, Any]:
@@ -83,17 +97,13 @@ def _converse(process: subprocess.Popen[bytes], job: EditJob, progress: Progress
     return answer
 
 
-def _outcome(answer: dict[str, Any], returncode: int, stderr: IO[bytes]) -> EditResult:
+def _outcome(answer: dict[str, Any], ended: str) -> EditResult:
     if "result" in answer:
         return EditResult.model_validate(answer["result"])
     if "error" in answer:
         raise KbsyncError.from_json(answer["error"])
-    size = stderr.seek(0, os.SEEK_END)
-    stderr.seek(max(0, size - STDERR_TAIL))
-    tail = stderr.read().decode(errors="replace").strip().splitlines()
-    said = f": {tail[-1]}" if tail else ""
     raise EditError(
-        f"the edit process ended with status {returncode}{said}",
+        f"the edit process ended with {ended}",
         hint="`kbsync doctor` shows memory and device; the next pass tries again",
     )
 
@@ -101,11 +111,11 @@ def _outcome(answer: dict[str, Any], returncode: int, stderr: IO[bytes]) -> Edit
 def _end_when_set(process: subprocess.Popen[bytes], stop: threading.Event) -> None:
     while process.poll() is None:
         if stop.wait(POLL_SECONDS):
-            _end(process)
+            end(process)
             return
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """End the child: terminate, then kill. Safe to call twice and from two threads."""
     if process.stdin is not None and not process.stdin.closed:
         with contextlib.suppress(BrokenPipeError):

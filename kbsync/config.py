@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kbsync.documents import Document, describe, nearest, read_document
+from kbsync.editor.job import ExecutorSettings
 from kbsync.editor.preset import Preset, load_preset
 from kbsync.errors import ConfigError, UsageError
 from kbsync.policy import Seconds
@@ -152,6 +153,8 @@ class Settings(BaseSettings):
     edit_window: str | None = None
     """When the model may be edited: `22:00-06:00 Europe/Berlin`; default: always."""
     statistics: StatisticsSettings = StatisticsSettings()
+    executor: ExecutorSettings = ExecutorSettings()
+    """Who computes target vectors."""
 
     @field_validator("allowed_dirs", mode="before")
     @classmethod
@@ -290,6 +293,12 @@ class Workspace:
         ledger = self.settings.ledger
         if ledger is not None and _PASSWORD.search(ledger.get_secret_value()):
             found.append(f"{self.root / CONFIG}: ledger: holds a password; write ${{NAME}} or file:PATH instead")
+        executor = self.settings.executor
+        if executor.backend == "ray" and executor.address == "local":
+            found.append(
+                f"{self.root / CONFIG}: executor: a local Ray cluster opens ports to all users of this machine,"
+                " protected by a token; `backend: process` opens none"
+            )
         return found
 
     def _secret(self, key: str, value: SecretStr) -> str:

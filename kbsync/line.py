@@ -158,6 +158,7 @@ class Line:
             dtype=settings.dtype,
             max_gpu_memory=settings.max_gpu_memory,
             preset=self.preset,
+            executor=settings.executor,
             deltas=str(self.workspace.deltas),
             targets=str(self.workspace.targets),
             active=tuple(active),

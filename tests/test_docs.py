@@ -16,6 +16,7 @@ from kbsync.cli import app
 from kbsync.config import Settings
 from kbsync.connectors.csv_feed import Columns, CsvOptions
 from kbsync.connectors.sparql import SparqlOptions
+from kbsync.editor.job import ExecutorSettings
 from kbsync.ledger.schema import metadata
 from kbsync.policy import Gate, Guard, Inverse, Policy, Relation, Source
 
@@ -24,6 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 KEYS = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
 MODELS: list[type[BaseModel]] = [
     Settings,
+    ExecutorSettings,
     Source,
     CsvOptions,
     Columns,

@@ -5,15 +5,16 @@ Torch-free, so that the daemon can speak it without loading a model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from kbsync.editor.preset import Preset
 from kbsync.facts import EditRequest
+from kbsync.policy import Seconds
 from kbsync.versions.manifest import ActiveDelta
 
-__all__ = ["ControlFile", "EditJob", "EditResult", "FailedFact"]
+__all__ = ["ControlFile", "EditJob", "EditResult", "ExecutorSettings", "FailedFact", "ModelJob", "ReplicaJob"]
 
 
 class _Value(BaseModel):
@@ -27,12 +28,23 @@ class ControlFile(_Value):
     prompt: str
 
 
-class EditJob(_Value):
-    """One edit: leave columns out of the deltas of a version, teach new requests, write and probe the outcome.
+class ExecutorSettings(_Value):
+    """`executor:` of kbsync.yaml: who computes target vectors."""
 
-    Paths are absolute. `active` are the deltas of the version that the edit starts from, whose recorded hash is
-    `weights_sha256` (None for a version whose hash is not known yet: the pristine base before its first edit).
-    """
+    backend: Literal["serial", "process", "ray"] = "serial"
+    """In the edit's own process, in processes of this machine, or on a Ray cluster."""
+    workers: Annotated[int, Field(ge=1)] = 2
+    """Replicas of the model at work at the same time (`serial` has one)."""
+    gpus: Annotated[int, Field(ge=1)] = 1
+    """GPUs of each worker, where the device is one."""
+    address: Annotated[str, Field(min_length=1)] = "auto"
+    """Of the Ray cluster: `HOST:PORT`, `auto` (the one of this machine), or `local`: start one for the edit."""
+    timeout: Annotated[Seconds, Field(gt=0)] = 3600.0
+    """Seconds without a result from any worker after which the edit fails."""
+
+
+class ModelJob(_Value):
+    """The base model of a job, where and how to load it, and the settings of the edit. The path is absolute."""
 
     model_path: str
     fingerprint: str
@@ -40,6 +52,27 @@ class EditJob(_Value):
     dtype: str
     max_gpu_memory: int | None = None
     preset: Preset
+
+
+class ReplicaJob(ModelJob):
+    """What a worker that computes target vectors has to know beside the requests.
+
+    `libraries` are the versions that it must have; `threads` are torch's (None: as it finds them).
+    """
+
+    contexts: tuple[str, ...]
+    libraries: dict[str, str]
+    threads: int | None = None
+
+
+class EditJob(ModelJob):
+    """One edit: leave columns out of the deltas of a version, teach new requests, write and probe the outcome.
+
+    Paths are absolute. `active` are the deltas of the version that the edit starts from, whose recorded hash is
+    `weights_sha256` (None for a version whose hash is not known yet: the pristine base before its first edit).
+    """
+
+    executor: ExecutorSettings = ExecutorSettings()
     deltas: str
     targets: str
     active: tuple[ActiveDelta, ...]

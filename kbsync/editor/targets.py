@@ -15,7 +15,7 @@ where the object (or the KL term) is predicted; many facts together, by suffix l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -31,7 +31,7 @@ from kbsync.errors import EditError
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress, silent
 
-__all__ = ["Target", "compute_targets"]
+__all__ = ["Target", "compute_targets", "stream_targets"]
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
@@ -64,15 +64,21 @@ def compute_targets(
     finished. Raises EditError for a request that cannot be placed in its tokens and for a loss that is not finite.
     """
     wanted = {request.digest: request for request in requests}
-    if not wanted:
-        return {}
     found: dict[str, Target] = {}
-    for request, target in _Search(base, list(wanted.values()), contexts, preset).run():
+    for request, target in stream_targets(base, list(wanted.values()), contexts, preset):
         found[request.digest] = target
         if done is not None:
             done(request, target)
         progress("targets", len(found), len(wanted))
     return {digest: found[digest] for digest in wanted}
+
+
+def stream_targets(
+    base: Base, requests: Sequence[EditRequest], contexts: Sequence[str], preset: Preset
+) -> Generator[tuple[EditRequest, Target], None, None]:
+    """As `compute_targets`, for distinct requests: each with its target as soon as it is finished, in any order."""
+    if requests:
+        yield from _Search(base, requests, contexts, preset).run()
 
 
 @dataclass(slots=True, eq=False)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -27,14 +27,16 @@ from torch import Tensor
 
 from kbsync.editor.answers import log_probabilities
 from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
-from kbsync.editor.job import EditJob, EditResult, FailedFact
+from kbsync.editor.job import EditJob, EditResult, FailedFact, ModelJob, ReplicaJob
 from kbsync.editor.memit import Insertion, insert
-from kbsync.editor.model import Base, load_base
+from kbsync.editor.model import Base
 from kbsync.editor.probe import FactProbe, ProbeReport, probe, weights_in
+from kbsync.editor.replica import libraries, open_base
 from kbsync.editor.statistics import Statistics, statistics_for
 from kbsync.editor.target_store import TargetStore
-from kbsync.editor.targets import Target, compute_targets
+from kbsync.editor.targets import Target
 from kbsync.errors import EditError, KbsyncError, StoreError
+from kbsync.executor import open_executor
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress
 from kbsync.versions.delta import Delta, read_delta, write_delta
@@ -121,15 +123,18 @@ class _Editor:
         found = {request.digest: target for request in requests if (target := store.get(request)) is not None}
         missing = [request for request in requests if request.digest not in found]
         if missing:
-            found |= compute_targets(
-                self.base,
-                missing,
-                self.statistics.contexts,
-                self.job.preset,
-                progress=self.progress,
-                done=store.put,
-            )
+            executor = open_executor(self.job.executor, self.base, self._replica())
+            with closing(executor.map(missing)) as stream:
+                for count, (request, target) in enumerate(stream, start=1):
+                    store.put(request, target)
+                    found[request.digest] = target
+                    self.progress("targets", count, len(missing))
         return found
+
+    def _replica(self) -> ReplicaJob:
+        """What other workers need to know to compute the same."""
+        shared = self.job.model_dump(include=set(ModelJob.model_fields))
+        return ReplicaJob(**shared, contexts=self.statistics.contexts, libraries=libraries())
 
     def attempt(self, requests: list[EditRequest], targets: Mapping[str, Target]) -> _Attempt:
         """Insert `requests` beside the columns that stay, write the delta, rebuild the weights from the file."""
@@ -241,10 +246,7 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
 
 def _open(job: EditJob, progress: Progress) -> _Editor:
     start = time.perf_counter()
-    base = load_base(Path(job.model_path), fingerprint=job.fingerprint, device=job.device, dtype=job.dtype)
-    if job.max_gpu_memory is not None and base.device.type == "cuda":
-        total = torch.cuda.get_device_properties(base.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.max_gpu_memory / total), base.device)
+    base = open_base(job)
     loaded = time.perf_counter()
     statistics = statistics_for(base, job.preset, progress=progress)
     seconds = {"load": loaded - start, "statistics": time.perf_counter() - loaded}
