@@ -78,6 +78,19 @@ def test_targets_are_computed_once_per_weights_and_settings(
     assert all(torch.equal(again[digest].z, target.z) for digest, target in first.items())
 
 
+def test_targets_on_edited_weights_are_those_of_the_edited_model(
+    lab: Laboratory, records: list[CounterFactRecord]
+) -> None:
+    requests = [record.request for record in records]
+    weights = lab.edit(PRISTINE, requests[:3], lab.targets(requests[:3]))
+    found = lab.targets(requests[3:], weights)
+    with lab.holding(weights) as base:
+        expected = compute_targets(base, requests[3:], lab.statistics.contexts, lab.preset)
+    for request in requests[3:]:
+        assert torch.equal(found[request.digest].z, expected[request.digest].z)
+        assert not torch.equal(found[request.digest].z, lab.targets([request])[request.digest].z)
+
+
 def test_earlier_keys_are_kept_only_where_asked(lab: Laboratory, records: list[CounterFactRecord]) -> None:
     """With protection the later batch moves the states at the earlier keys less."""
     requests = [record.request for record in records]

@@ -72,7 +72,7 @@ def sequential_table(result: Result) -> Table:
         first = f"{run['steps'][-1]['first_batch']:.0f}" if run["steps"] else "–"
         difference = interval(run["difference"]["score"], sign=True) if run["difference"] else ""
         cells = [*score_cells(run["scores"]), first, *drift_cells(run["drift"]), difference]
-        rows.append((name, *cells, f"{run['seconds'] / 60:.1f}"))
+        rows.append((name, *cells, f"{sum(run['seconds'].values()) / 60:.1f}"))
     return columns, rows
 
 

@@ -11,7 +11,6 @@ strategy's scores differ from those of one batch, fact by fact.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -66,7 +65,7 @@ class Step:
 @dataclass(slots=True)
 class Run:
     """One strategy: its steps, the scores of all facts at the end (record by record in `records`), drift there, how far
-    the scores are from those of one batch. `stopped`: why it could not go on, where it could not."""
+    the scores are from those of one batch, seconds by phase. `stopped`: why it could not go on, where it could not."""
 
     strategy: str
     steps: list[Step] = field(default_factory=list)
@@ -74,7 +73,7 @@ class Run:
     scores: CounterFactScores | None = None
     drift: Mapping[str, Drift] = field(default_factory=dict)
     difference: CounterFactScores | None = None
-    seconds: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
     stopped: str = ""
 
 
@@ -144,7 +143,7 @@ FEW_TOKENS = 1000
 
 
 def _run(lab: Laboratory, name: str, plan: _Plan) -> Run:
-    run, weights, start = Run(name), PRISTINE, time.perf_counter()
+    run, weights, before = Run(name), PRISTINE, dict(lab.seconds)
     lab.watch(plan.few)
     total = len(plan.records)
     try:
@@ -156,7 +155,7 @@ def _run(lab: Laboratory, name: str, plan: _Plan) -> Run:
         run.scores, run.drift = summarise(run.records), lab.drift(weights)
     except EditError as error:  # a strategy that ruins the model is a result, not a failure of the benchmark
         run.stopped = f"after {weights.facts} facts: {error.message}"
-    run.seconds = round(time.perf_counter() - start, 2)
+    run.seconds = {phase: round(value - before.get(phase, 0.0), 2) for phase, value in lab.seconds.items()}
     return run
 
 

@@ -68,9 +68,11 @@ def draw_points(result: Result, path: Path) -> None:
             panel.errorbar(x, score["value"], _spread(score), fmt="o", color=colour, elinewidth=0.5)
             panel.annotate(point["name"], (x, score["value"]), (5, 3), textcoords="offset points", size=8)
         best = sorted((x, score["value"]) for x, score, point in known if point["pareto"])
-        panel.plot([x for x, _ in best], [y for _, y in best], color="tab:red", lw=1)
+        panel.plot([x for x, _ in best], [y for _, y in best], color="tab:red", lw=1, label="not beaten in both")
         left, top = panel.get_xlim()[0], max(panel.get_ylim()[1], TARGET_SCORE + 2)
-        panel.fill_between([left, TARGET_CHANGE], TARGET_SCORE, top, color="tab:green", alpha=0.12, lw=0)
+        aim = f"S ≥ {TARGET_SCORE:.0f}, change ≤ {TARGET_CHANGE:.0f} %"
+        panel.fill_between([left, TARGET_CHANGE], TARGET_SCORE, top, color="tab:green", alpha=0.12, lw=0, label=aim)
+        panel.legend(loc="lower right", fontsize=8)
         panel.set(xlabel="perplexity of held-out text, change in %", ylabel="S", xlim=(left, None), ylim=(None, top))
         panel.grid(alpha=0.3)
 
@@ -86,6 +88,7 @@ def draw_scaling(result: Result, path: Path) -> None:
     for point in result["points"]:
         if point["scores"]:
             methods.setdefault(point["method"], []).append(point)
+    counts = sorted({point["facts"] for point in result["points"]})
     with figure(path, width=10, height=6.5) as drawn:
         drawn.suptitle(title(result), fontsize=10)
         for panel, name in zip(drawn.subplots(2, 2).flat, list(SCORES)[:4], strict=True):
@@ -95,6 +98,8 @@ def draw_scaling(result: Result, path: Path) -> None:
             known = [(facts, score["value"]) for facts, score in before if score]
             panel.plot([x for x, _ in known], [y for _, y in known], "--", color="tab:gray", label="unedited")
             panel.set(xscale="log", xlabel="facts inserted", ylabel=name, ylim=(0, 102))
+            panel.set_xticks(counts, [str(count) for count in counts], minor=False)
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
         drawn.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
 
