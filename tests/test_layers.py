@@ -3,53 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from kbsync.editor.layers import ADAPTERS, Layers, Packed, Past, inputs_of
 from kbsync.editor.model import FAMILIES, Base
 from kbsync.editor.rows import Beginnings, Row, read_rows
 from kbsync.editor.tokens import encode
 from kbsync.errors import ModelError
-from tests.tiny import CONTEXTS, FACTS, VOCABULARY, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.tiny import CONTEXTS, FACTS, VARIANTS, VOCABULARY, tiny, tiny_gpt2, tiny_llama
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.15,
-}
-
-
-def tiny_qwen2(device: str = "cpu") -> Base:
-    return _base(Qwen2ForCausalLM(Qwen2Config(**SHAPE)), "qwen2", device)
-
-
-def tiny_mistral(device: str = "cpu") -> Base:
-    return _base(MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=32)), "mistral", device)
-
-
-def _base(network: Any, family: str, device: str) -> Base:
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)  # biases too, which begin as zeros
-    network.to(device).eval().requires_grad_(False)
-    return Base(network, tiny_tokenizer(), FAMILIES[family], f"tiny-{family}", torch.device(device))
-
-
-MAKE: dict[str, Callable[..., Base]] = {
-    "llama": tiny_llama,
-    "gpt2": tiny_gpt2,
-    "qwen2": tiny_qwen2,
-    "mistral": tiny_mistral,
-}
 LENGTHS = [9, 9, 6, 4, 4, 1]
 CUTS = [4, 2, 6, 0, 3, 0]
 """Six rows, each cut into tokens read before and tokens run after."""
@@ -70,14 +35,14 @@ def flat(rows: list[list[int]]) -> list[int]:
 
 
 def test_every_family_has_an_adapter() -> None:
-    """A model that loads can be run in stretches."""
-    assert set(ADAPTERS) == set(FAMILIES) == set(MAKE)
+    """A model that loads can be run in stretches, and is tested here."""
+    assert set(ADAPTERS) == set(FAMILIES) == {settings["model_type"] for settings in VARIANTS.values()}
 
 
-@pytest.mark.parametrize("family", MAKE)
-def test_packed_rows_are_as_each_alone(family: str, device: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_rows_are_as_each_alone(variant: str, device: str) -> None:
     """Rows of unequal length in one sequence, run in two stretches, give the whole model's logits."""
-    base = MAKE[family](device=device)
+    base = tiny(variant, device=device)
     layers, rows = Layers(base), random_rows()
     packed = Packed(LENGTHS, Past.nothing(len(rows), base.device), base.dtype)
     hidden = layers.run(layers.embed(flat(rows), packed), range(2), packed)
@@ -85,10 +50,10 @@ def test_packed_rows_are_as_each_alone(family: str, device: str) -> None:
     assert torch.allclose(logits, torch.cat(expected(base, rows)), atol=2e-5)
 
 
-@pytest.mark.parametrize("family", MAKE)
-def test_rows_go_on_from_stored_keys_and_values(family: str, device: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_go_on_from_stored_keys_and_values(variant: str, device: str) -> None:
     """A row cut anywhere, also at its beginning, gives the same logits after the cut."""
-    base = MAKE[family](device=device)
+    base = tiny(variant, device=device)
     layers, rows = Layers(base), random_rows()
     heads = Packed(CUTS, Past.nothing(len(rows), base.device), base.dtype)
     hidden = layers.embed(flat([row[:cut] for row, cut in zip(rows, CUTS, strict=True)]), heads)

@@ -61,8 +61,8 @@ def test_dtype_can_be_chosen(folder: Path) -> None:
 
 def test_unknown_family_is_refused() -> None:
     """A family without a spec is refused with the known ones named."""
-    with pytest.raises(ModelError, match="opt") as caught:
-        spec_of("opt")
+    with pytest.raises(ModelError, match="bloom") as caught:
+        spec_of("bloom")
     assert "llama" in caught.value.hint
 
 

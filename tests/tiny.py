@@ -3,6 +3,7 @@
 base = tiny_llama()                              # 6 layers, grouped-query attention
 base = tiny_llama(square=True)                   # d == f: orientation cannot be guessed from the shape
 base = tiny_gpt2(dtype=torch.float64)            # Conv1D orientation
+base = tiny("gemma2", dtype=torch.float64)       # any family of VARIANTS
 folder = save(base, tmp_path / "model")          # a folder that `load_base` reads
 """
 
@@ -15,10 +16,21 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.masking_utils import eager_mask
 
-from kbsync.editor.model import FAMILIES, Base
+from kbsync.editor.model import FAMILIES, Base, base_of
 from kbsync.editor.preset import Preset
 from kbsync.editor.statistics import Statistics
 from kbsync.facts import EditRequest, FactKey
@@ -53,6 +65,80 @@ FACTS = [
     request("In the city of Zürich people speak", "Zürich", "日本語"),
 ]
 """The subject first, in the middle and last; objects of one token and of many; letters beyond ASCII."""
+
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_GROUPED = {"num_key_value_heads": 2}
+_NEOX = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+_LOCAL = {"sliding_window": 5}
+"""Shorter than most texts of the tests."""
+_GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, **_GROUPED, **_LOCAL}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True, **_GROUPED},
+    "llama, with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, **_GROUPED},
+    "mistral": {"model_type": "mistral", **_GROUPED, **_LOCAL},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, **_GROUPED},
+    "qwen2, sliding from layer 3": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "max_window_layers": 3,
+        **_GROUPED,
+        **_LOCAL,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 12, **_GROUPED},
+    "gemma2": {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "tie_word_embeddings": True,
+        **_GEMMA,
+    },
+    "gemma3": {"model_type": "gemma3_text", "sliding_window_pattern": 3, "tie_word_embeddings": True, **_GEMMA},
+    "phi3": {"model_type": "phi3", "partial_rotary_factor": 0.5, **_GROUPED, **_LOCAL},
+    "gpt2": {"model_type": "gpt2", "n_inner": 64},
+    "gptj": {"model_type": "gptj", "rotary_dim": 4, "n_inner": 64, "tie_word_embeddings": False},
+    "gpt_neox": {"model_type": "gpt_neox", **_NEOX},
+    "gpt_neox, not parallel": {"model_type": "gpt_neox", "use_parallel_residual": False, **_NEOX},
+    "opt": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": WIDTH, "tie_word_embeddings": True},
+}
+"""What is particular to each model: every family of the editor, each with what it alone has."""
+
+
+def tiny(
+    variant: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    bos: bool = False,
+    seed: int = 0,
+    **changes: Any,
+) -> Base:
+    """A random model of VARIANTS, of transformers' own class: 6 layers, d 32, f 48 or 64; biases and norms random too.
+
+    `changes` go into its configuration.
+    """
+    settings = _SHAPE | VARIANTS[variant] | changes
+    family = settings.pop("model_type")
+    torch.manual_seed(seed)
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 1:  # biases begin as zeros, norms as ones
+                parameter += 0.15 * torch.randn(parameter.shape)
+    if dtype == torch.float64:
+        _exact(network)
+    return _base(network, family, dtype, device, bos)
 
 
 @cache
@@ -107,7 +193,7 @@ def tiny_llama(
     torch.manual_seed(seed)
     network = LlamaForCausalLM(config)
     if dtype == torch.float64:
-        _exact_norms(network)
+        _exact(network)
     return _base(network, "llama", dtype, device, bos)
 
 
@@ -173,21 +259,36 @@ def save(base: Base, folder: Path) -> Path:
 
 
 def _base(network: Any, family: str, dtype: torch.dtype, device: str, bos: bool) -> Base:
-    network.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return Base(
-        network=network,
-        tokenizer=tiny_tokenizer(bos=bos),
-        spec=FAMILIES[family],
-        fingerprint=f"tiny-{family}",
-        device=torch.device(device),
-    )
+    network.to(device=device, dtype=dtype)
+    return base_of(network, tiny_tokenizer(bos=bos), FAMILIES[family], f"tiny-{family}")
 
 
-def _exact_norms(network: nn.Module) -> None:
-    """transformers' RMSNorm computes in float32 whatever the dtype: in float64 that would hide what is compared."""
+def _exact(network: Any) -> None:
+    """transformers' norms and softcapped attention compute in float32 whatever the dtype: in float64 that would hide
+    what is compared. Both are replaced by the same formulae without the casts."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ == "LlamaRMSNorm":
-                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
-                norm.load_state_dict(child.state_dict())
-                setattr(parent, name, norm)
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, _rms_norm(child))
+    if network.config._attn_implementation == "eager":
+        network.set_attn_implementation("tests_exact")
+
+
+def _rms_norm(module: Any) -> nn.RMSNorm:
+    """Gemma's norms multiply by 1 + their weight."""
+    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    norm = nn.RMSNorm(module.weight.shape[0], eps=eps)
+    norm.weight.data = module.weight.data + (1 if type(module).__name__.startswith("Gemma") else 0)
+    return norm
+
+
+def _exact_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scaling: float, softcap: float, **_: Any
+) -> tuple[Tensor, None]:
+    key, value = (one.repeat_interleave(module.num_key_value_groups, dim=1) for one in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) + mask
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("tests_exact", _exact_attention)
+AttentionMaskInterface.register("tests_exact", eager_mask)

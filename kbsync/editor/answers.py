@@ -107,10 +107,9 @@ def final_states(base: Base, rows: Sequence[Sequence[int]]) -> Tensor:
 
 @torch.no_grad()
 def logit_chunks(base: Base, states: Tensor) -> Iterator[Tensor]:
-    """Logits [chunk, vocabulary] in float32 of final states [m, d], in order, few enough at a time for the memory."""
-    head: Any = base.module(base.spec.head)
-    for chunk in torch.split(states, max(1, LOGITS_PER_CHUNK // int(head.weight.shape[0]))):
-        yield head(chunk).float()
+    """Logits [chunk, vocabulary] of final states [m, d], in order, few enough at a time for the memory."""
+    for chunk in torch.split(states, max(1, LOGITS_PER_CHUNK // int(base.network.config.vocab_size))):
+        yield base.logits(chunk)
 
 
 def log_probabilities(base: Base, pairs: Sequence[tuple[str, str]], *, progress: Progress = silent) -> list[Scored]:

@@ -31,6 +31,8 @@ __all__ = ["ADAPTERS", "Layers", "Packed", "Past", "inputs_of"]
 
 _ATTENTION = "kbsync_packed"
 """The name that `_attend` is registered under."""
+_NEVER = 2**62
+"""The position of padding: after every token, so that none attends to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,15 @@ class Past:
         return found if self.rows is None else found[:, self.rows]
 
 
+@dataclass(frozen=True, slots=True)
+class _Scoring:
+    """How an attention scores: times `scaling`, bent to ±`softcap`, only the last `window` tokens."""
+
+    scaling: float | None
+    softcap: float | None
+    window: int | None
+
+
 class _Run:
     """Rows of equal length that lie one after the other: their attention is one batch, without padding."""
 
@@ -98,16 +109,13 @@ class _Run:
         self.tokens = slice(start, start + shape[0] * shape[1])
         self.shape = shape
         self.past = past
-        rows, length = shape
-        device = past.lengths.device
-        self.positions = (past.counts[:, None] + torch.arange(length, device=device)).flatten()  # [B·T]
-        earlier = torch.arange(past.width, device=device) < past.counts[:, None, None]  # [B, 1, S]
-        own = torch.ones(length, length, dtype=torch.bool, device=device).tril()  # [T, T]
-        allowed = torch.cat((earlier.expand(rows, length, -1), own.expand(rows, -1, -1)), dim=2)
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-        self.mask = mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]  # [B, 1, T, S + T]
+        self.dtype = dtype
+        own = past.counts[:, None] + torch.arange(shape[1], device=past.counts.device)  # [B, T]
+        self.positions = own.flatten()
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._moved: dict[int, Tensor] = {}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scoring: _Scoring) -> Tensor:
         """Of this run's tokens, query [B·T, H, size] on key and value [B·T, heads, size] and the past: [B·T, H, size].
 
         The H / heads queries of one key-value head stand below each other as more queries: nothing is repeated.
@@ -116,12 +124,42 @@ class _Run:
         share = query.shape[1] // heads
         query = query.view(rows, length, heads, share, size).permute(0, 2, 3, 1, 4).flatten(2, 3)
         key, value = (one.view(rows, length, heads, size).transpose(1, 2) for one in (key, value))
-        if (past := self.past.at(layer)) is not None:
+        if (past := self._past(layer, query.device)) is not None:
             key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
-        mask = self.mask.repeat(1, 1, share, 1)  # [B, 1, share·T, S + T]
-        found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        found = _mix(query, key, value, self._mask(share, scoring.window, query.device), scoring)
         parted: Tensor = found.unflatten(2, (share, length))
         return parted.permute(0, 3, 1, 2, 4).reshape(rows * length, heads * share, size)
+
+    def _past(self, layer: int, device: torch.device) -> Tensor | None:
+        """Keys and values of earlier tokens, on the block's device (moved there once)."""
+        if layer in self._moved:
+            return self._moved[layer]
+        past = self.past.at(layer)
+        if past is not None and past.device != device:
+            past = self._moved[layer] = past.to(device)
+        return past
+
+    def _mask(self, share: int, window: int | None, device: torch.device) -> Tensor:
+        """What is added to the scores, [B, 1, share·T, S + T]: 0 where a token may attend, else the dtype's least."""
+        if (key := (share, window, device)) not in self._masks:
+            own = self.positions.view(self.shape)  # [B, T]
+            earlier = torch.arange(self.past.width, device=own.device).expand(len(own), -1)  # [B, S]
+            earlier = earlier.masked_fill(earlier >= self.past.counts[:, None], _NEVER)
+            distance = own[:, :, None] - torch.cat((earlier, own), dim=1)[:, None]  # [B, T, S + T]
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(hidden.shape, dtype=self.dtype, device=own.device)
+            mask = mask.masked_fill_(hidden, torch.finfo(self.dtype).min)
+            self._masks[key] = mask.repeat(1, share, 1)[:, None].to(device)
+        return self._masks[key]
+
+
+def _mix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: _Scoring) -> Tensor:
+    """softmax(scores + mask) · value. A softcap rules out the fused kernel; then the softmax is at least float32."""
+    if scoring.softcap is None:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scoring.scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scoring.scaling is None else scoring.scaling)
+    scores = scoring.softcap * torch.tanh(scores / scoring.softcap) + mask
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
 
 
 class Packed:
@@ -154,24 +192,23 @@ class _Attention:
         self.kept: list[Tensor] | None = [] if keep else None
         self.calls = 0
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float | None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int, scoring: _Scoring) -> Tensor:
         self.calls += 1
         query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # [N, heads, size]
         if self.kept is not None:
-            self.kept.append(torch.stack((key, value)))
+            self.kept.append(torch.stack((key, value)).to(self.packed.positions.device))
         found = [
-            run.attend(query[run.tokens], key[run.tokens], value[run.tokens], layer, scaling)
+            run.attend(query[run.tokens], key[run.tokens], value[run.tokens], layer, scoring)
             for run in self.packed.runs
         ]
         return torch.cat(found)[None] if found else query[None]  # [1, N, H, size]
 
 
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: object, *, scaling: float | None = None, **more: Any
-) -> tuple[Tensor, None]:
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: object, **given: Any) -> tuple[Tensor, None]:
     """An attention function as transformers calls it: query, key and value are [1, heads, N, size]."""
-    attention: _Attention = more["packed_attention"]
-    return attention(query, key, value, module.layer_idx, scaling), None
+    attention: _Attention = given["packed_attention"]
+    scoring = _Scoring(given.get("scaling"), given.get("softcap"), given.get("sliding_window"))
+    return attention(query, key, value, module.layer_idx, scoring), None
 
 
 AttentionInterface.register(_ATTENTION, _attend)
@@ -183,36 +220,41 @@ class Adapter(Protocol):
     def embed(self, base: Base, ids: Tensor, positions: Tensor) -> Tensor:
         """The states [1, N, d] before block 0 of ids and positions [1, N]."""
 
-    def arguments(self, base: Base, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        """What each block takes beside the states."""
+    def arguments(self, base: Base, hidden: Tensor, positions: Tensor, kind: str) -> dict[str, Any]:
+        """What each block of a kind (of `config.layer_types`; "" where all are alike) takes beside the states."""
 
 
 class _Rotary:
     """Llama's shape: positions enter as rotary angles, which the model computes once for all blocks."""
 
-    def __init__(self, angles: str) -> None:
+    def __init__(self, angles: str, *, by_kind: bool = False) -> None:
         self.angles = angles
+        self.by_kind = by_kind
 
     def embed(self, base: Base, ids: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002 - positions enter later
         found: Tensor = base.module(base.spec.embedding)(ids)
         return found
 
-    def arguments(self, base: Base, hidden: Tensor, positions: Tensor) -> dict[str, Any]:
-        angles = base.module(self.angles)(hidden, position_ids=positions)
+    def arguments(self, base: Base, hidden: Tensor, positions: Tensor, kind: str) -> dict[str, Any]:
+        chosen = {"layer_type": kind} if self.by_kind else {}
+        angles = base.module(self.angles)(hidden, position_ids=positions, **chosen)
         return {"position_embeddings": angles, "position_ids": positions}
 
 
 class _Learned:
-    """GPT-2's shape: positions are embedded like tokens."""
+    """GPT-2's shape: positions are embedded like tokens, by a table that begins with `skipped` rows of its own."""
 
-    def __init__(self, positions: str) -> None:
+    def __init__(self, positions: str, skipped: int = 0) -> None:
         self.positions = positions
+        self.skipped = skipped
 
     def embed(self, base: Base, ids: Tensor, positions: Tensor) -> Tensor:
-        found: Tensor = base.module(base.spec.embedding)(ids) + base.module(self.positions)(positions)
-        return found
+        table = base.network.get_parameter(f"{self.positions}.weight")
+        placed = table[positions.to(table.device) + self.skipped]
+        found: Tensor = base.module(base.spec.embedding)(ids)
+        return found + placed.to(found.device)
 
-    def arguments(self, base: Base, hidden: Tensor, positions: Tensor) -> dict[str, Any]:  # noqa: ARG002 - needs none
+    def arguments(self, base: Base, hidden: Tensor, positions: Tensor, kind: str) -> dict[str, Any]:  # noqa: ARG002
         return {}
 
 
@@ -221,13 +263,21 @@ ADAPTERS: dict[str, Adapter] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _Rotary("model.rotary_emb", by_kind=True),
+    "phi3": _LLAMA,
     "gpt2": _Learned("transformer.wpe"),
+    "gptj": _Rotary("transformer.rotary_emb"),
+    "gpt_neox": _Rotary("gpt_neox.rotary_emb"),
+    "opt": _Learned("model.decoder.embed_positions", skipped=2),
 }
 """How the blocks of each family (`ModelSpec.family`) are run."""
 
 
 class Layers:
-    """The blocks of a base model, run by stretches. Hidden states are [N, d] in the model's dtype.
+    """The blocks of a base model, run by stretches. Hidden states are [N, d] in the model's dtype, on its device; a
+    block that is elsewhere gets them there (accelerate's hooks carry what it is called with).
 
     Running raises ModelError where the blocks attend in a way of their own.
     """
@@ -239,7 +289,7 @@ class Layers:
     def embed(self, ids: Sequence[int], packed: Packed) -> Tensor:
         """The states before block 0 of the packed tokens."""
         tokens = torch.tensor(ids, dtype=torch.long, device=self.base.device)
-        return self.adapter.embed(self.base, tokens[None], packed.positions[None])[0]
+        return self.adapter.embed(self.base, tokens[None], packed.positions[None])[0].to(self.base.device)
 
     def run(self, hidden: Tensor, stretch: range, packed: Packed) -> Tensor:
         """The states after the blocks of `stretch`."""
@@ -260,19 +310,21 @@ class Layers:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [m, vocabulary] after last-block states [m, d]: in float32, or float64 where the model is."""
-        normed = self.base.module(self.base.spec.final_norm)(hidden)
-        found: Tensor = self.base.module(self.base.spec.head)(normed)
-        return found if found.dtype == torch.float64 else found.float()
+        return self.base.logits(self.base.module(self.base.spec.final_norm)(hidden))
 
     def _run(self, hidden: Tensor, stretch: range, attention: _Attention) -> Tensor:
         if not stretch or not len(hidden):  # a text may begin with its subject: no token comes before
             return hidden
         hidden = hidden[None]
         positions = attention.packed.positions[None]
-        arguments = self.adapter.arguments(self.base, hidden, positions) | {"packed_attention": attention}
+        kinds = getattr(self.base.network.config, "layer_types", None)
+        arguments: dict[str, dict[str, Any]] = {}
         with self._packed_attention():
             for index in stretch:
-                found = self.base.layer(index)(hidden, **arguments)
+                kind = kinds[index] if kinds else ""
+                if kind not in arguments:
+                    arguments[kind] = self.adapter.arguments(self.base, hidden, positions, kind)
+                found = self.base.layer(index)(hidden, **arguments[kind], packed_attention=attention)
                 hidden = found[0] if isinstance(found, tuple) else found
         if attention.calls != len(stretch):
             # A block that attends in its own way would have mixed the rows without a word.
@@ -280,7 +332,7 @@ class Layers:
                 f"the attention of {self.base.spec.family} models cannot keep packed rows apart",
                 hint="use a transformers version in which this family has an attention interface",
             )
-        return hidden[0]
+        return hidden[0].to(self.base.device)
 
     @contextmanager
     def _packed_attention(self) -> Iterator[None]:
@@ -295,9 +347,14 @@ class Layers:
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What the module is called with while the context lasts: its first argument, call by call."""
+    """What the module is called with while the context lasts: its first argument [rows, N, f], call by call.
+
+    OPT calls its down-projection with [N, f] of all rows; that is seen as one row.
+    """
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    handle = module.register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0] if arguments[0].ndim > 2 else arguments[0][None])
+    )
     try:
         yield seen
     finally:

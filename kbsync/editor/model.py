@@ -2,6 +2,9 @@
 
 Orientation is carried by the spec and never guessed from shapes: a Linear stores [d, f], GPT-2's Conv1D [f, d];
 everything in kbsync speaks of an edited matrix as [d, f] = [d_out, d_in].
+
+    base = load_base(folder, fingerprint=fingerprint(folder), device="balanced")     # over all GPUs
+    base.weight(base.spec.down_name(4))                                              # [d, f], where layer 4 is
 """
 
 from __future__ import annotations
@@ -16,11 +19,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from kbsync.errors import EditError, ModelError
 
-__all__ = ["FAMILIES", "Base", "ModelSpec", "choose_device", "load_base", "spec_of", "weights_in"]
+__all__ = [
+    "BALANCED",
+    "FAMILIES",
+    "Base",
+    "ModelSpec",
+    "base_of",
+    "choose_device",
+    "load_base",
+    "read_config",
+    "spec_of",
+    "weights_in",
+]
 
 Orientation = Literal["linear", "conv1d"]
 
@@ -34,7 +49,6 @@ class ModelSpec:
     down: str
     embedding: str
     final_norm: str
-    head: str
     orientation: Orientation
 
     def down_name(self, layer: int) -> str:
@@ -42,27 +56,37 @@ class ModelSpec:
         return self.down.format(layer)
 
 
-_LLAMA = ("model.layers.{}", "model.layers.{}.mlp.down_proj", "model.embed_tokens", "model.norm", "lm_head")
+_LLAMA = ("model.layers.{}", "model.layers.{}.mlp.down_proj", "model.embed_tokens", "model.norm")
+_GPT = ("transformer.wte", "transformer.ln_f")
+_NEOX = ("gpt_neox.layers.{}", "gpt_neox.layers.{}.mlp.dense_4h_to_h", "gpt_neox.embed_in", "gpt_neox.final_layer_norm")
+_OPT = ("model.decoder.layers.{}", "model.decoder.layers.{}.fc2", "model.decoder.embed_tokens")
 FAMILIES: dict[str, ModelSpec] = {
     "llama": ModelSpec("llama", *_LLAMA, "linear"),
     "mistral": ModelSpec("mistral", *_LLAMA, "linear"),
     "qwen2": ModelSpec("qwen2", *_LLAMA, "linear"),
-    "gpt2": ModelSpec(
-        "gpt2",
-        "transformer.h.{}",
-        "transformer.h.{}.mlp.c_proj",
-        "transformer.wte",
-        "transformer.ln_f",
-        "lm_head",
-        "conv1d",
-    ),
+    "qwen3": ModelSpec("qwen3", *_LLAMA, "linear"),
+    "gemma2": ModelSpec("gemma2", *_LLAMA, "linear"),
+    "gemma3_text": ModelSpec("gemma3_text", *_LLAMA, "linear"),
+    "phi3": ModelSpec("phi3", *_LLAMA, "linear"),
+    "gpt2": ModelSpec("gpt2", "transformer.h.{}", "transformer.h.{}.mlp.c_proj", *_GPT, "conv1d"),
+    "gptj": ModelSpec("gptj", "transformer.h.{}", "transformer.h.{}.mlp.fc_out", *_GPT, "linear"),
+    "gpt_neox": ModelSpec("gpt_neox", *_NEOX, "linear"),
+    "opt": ModelSpec("opt", *_OPT, "model.decoder.final_layer_norm", "linear"),
 }
 """Model families by `config.model_type`. Others are refused: a wrong guess would damage the model silently."""
+BALANCED = "balanced"
+"""The device that is all GPUs together; accelerate's name for it."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_USE_ONE = f"use a dense model of one of these families: {', '.join(sorted(FAMILIES))}"
 
 
 @dataclass(slots=True)
 class Base:
-    """A loaded model with its tokenizer. Weights are those of the checkpoint unless `versions` put others in."""
+    """A loaded model with its tokenizer. Weights are those of the checkpoint unless `versions` put others in.
+
+    `device` is where the final norm is: what is computed between the blocks lives there. A model that is spread over
+    GPUs has its other blocks elsewhere; whatever is done with a weight is done where that weight is.
+    """
 
     network: Any
     tokenizer: Any
@@ -77,10 +101,11 @@ class Base:
 
     @property
     def max_tokens(self) -> int:
-        """The longest text that every block reads whole: the context length, or a shorter sliding window."""
+        """The longest text that the model reads in one way: beyond it, longrope (Phi-3) would turn every angle."""
         config = self.network.config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))
+        rope = getattr(config, "rope_parameters", None) or {}
+        longest = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+        return int(longest or config.max_position_embeddings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,6 +117,14 @@ class Base:
         """What transformers calls the keys and values of earlier tokens: `past_key_values` up to 5.23, then `cache`."""
         taken = inspect.signature(type(self.network.base_model).forward).parameters
         return "cache" if "cache" in taken else "past_key_values"
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., vocabulary] of states [..., d] after the final norm, with the family's softcap: in float32, or
+        float64 where the model is."""
+        found: Tensor = self.network.get_output_embeddings()(states).to(self.device)
+        found = found if found.dtype == torch.float64 else found.float()
+        limit = getattr(self.network.config, "final_logit_softcapping", None)
+        return limit * torch.tanh(found / limit) if limit else found
 
     def module(self, name: str) -> nn.Module:
         """The module at a dotted path. Raises AttributeError where there is none."""
@@ -149,25 +182,33 @@ def choose_device(wanted: str) -> torch.device:
 def spec_of(model_type: str) -> ModelSpec:
     """The spec of a `config.model_type`. Raises ModelError for an unknown family."""
     if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ModelError(
-            f"model family {model_type!r} is not known to the editor",
-            hint=f"use one of these families: {known}",
-        )
+        raise ModelError(f"model family {model_type!r} is not known to the editor", hint=_USE_ONE)
     return FAMILIES[model_type]
+
+
+def read_config(folder: Path) -> tuple[Any, ModelSpec]:
+    """A checkpoint's configuration and its family. Raises ModelError where the editor could not edit such a model:
+    quantised weights, a mixture of experts, attention that looks ahead, an unknown family."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{folder}: the weights are quantised", hint="use the unquantised checkpoint of this model")
+    if any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS):
+        raise ModelError(f"{folder}: a mixture of experts has no single down-projection in a layer", hint=_USE_ONE)
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelError(f"{folder}: its attention looks ahead, so it is no causal language model", hint=_USE_ONE)
+    return config, spec_of(config.model_type)
 
 
 def load_base(folder: Path, *, fingerprint: str, device: str = "auto", dtype: str = "auto") -> Base:
     """Load a checkpoint folder (safetensors only, no remote code) in eval mode without gradients.
 
-    `dtype`: auto (the checkpoint's), float32, bfloat16, float16, float64. Raises ModelError for quantised weights,
-    a slow tokenizer (its offsets cannot be trusted) and unknown families.
+    `device`: as `choose_device`, or `balanced`: the blocks are spread over all GPUs by accelerate. `dtype`: auto (the
+    checkpoint's), float32, bfloat16, float16, float64. Raises ModelError for what `read_config` refuses, a slow
+    tokenizer (its offsets cannot be trusted), down-projections that are fused or of a kind of their own, and a model
+    that does not fit the GPUs.
     """
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # kbsync draws its own, where wanted
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{folder}: the weights are quantised", hint="use the unquantised checkpoint of this model")
-    spec = spec_of(config.model_type)
+    config, spec = read_config(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: no fast tokenizer", hint="add tokenizer.json to the model's folder")
@@ -175,9 +216,47 @@ def load_base(folder: Path, *, fingerprint: str, device: str = "auto", dtype: st
         folder,
         config=config,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device_map=device if device == BALANCED else None,
         use_safetensors=True,
         trust_remote_code=False,
     )
-    where = choose_device(device)
-    network.to(where).eval().requires_grad_(False)
-    return Base(network=network, tokenizer=tokenizer, spec=spec, fingerprint=fingerprint, device=where)
+    if device != BALANCED:
+        network.to(choose_device(device))
+    return base_of(network, tokenizer, spec, fingerprint)
+
+
+def base_of(network: Any, tokenizer: Any, spec: ModelSpec, fingerprint: str) -> Base:
+    """The base of a network that is in its place. Raises ModelError where a part that the editor needs is missing, is
+    of another kind than the family's, or is offloaded (its weights are not there to be edited)."""
+    network.eval().requires_grad_(False)
+    kind = Conv1D if spec.orientation == "conv1d" else nn.Linear
+    for layer in range(network.config.num_hidden_layers):
+        module = _part(network, spec, spec.down_name(layer))
+        if type(module) is not kind or not module.weight.dtype.is_floating_point:  # a subclass may be quantised
+            raise ModelError(
+                f"{spec.down_name(layer)} is a {type(module).__name__} in {module.weight.dtype}, not a plain matrix",
+                hint="use the model's unquantised checkpoint without adapters (merge them first)",
+            )
+    if any(parameter.is_meta for parameter in network.parameters()) or _offloaded(network):
+        raise ModelError(
+            "the model does not fit the GPUs: some of its blocks would be offloaded",
+            hint="`dtype: bfloat16`, more GPUs, or `device: cpu`; kbsync doctor --model says what it needs",
+        )
+    norm = _part(network, spec, spec.final_norm)
+    return Base(network, tokenizer, spec, fingerprint, next(norm.parameters()).device)
+
+
+def _part(network: Any, spec: ModelSpec, name: str) -> nn.Module:
+    try:
+        found: nn.Module = network.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(
+            f"this {spec.family} model has no {name}: a variant that is not known", hint=_USE_ONE
+        ) from error
+    return found
+
+
+def _offloaded(network: Any) -> bool:
+    """Whether accelerate put blocks on the CPU beside GPUs, or on disk."""
+    places = {str(place) for place in getattr(network, "hf_device_map", {}).values()}
+    return "disk" in places or (len(places) > 1 and "cpu" in places)

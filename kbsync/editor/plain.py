@@ -126,7 +126,7 @@ def _key(base: Base, text: _Text, layer: int) -> Tensor:
         _run(base, [text])
     finally:
         handle.remove()
-    return seen[0][0, text.subject].double()
+    return seen[0].flatten(0, -2)[text.subject].double()  # OPT calls it with [T, f]
 
 
 def _text(base: Base, context: str, prompt: str, subject: str, target: str) -> _Text:
