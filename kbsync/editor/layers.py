@@ -249,7 +249,7 @@ class _Learned:
         self.skipped = skipped
 
     def embed(self, base: Base, ids: Tensor, positions: Tensor) -> Tensor:
-        table = base.network.get_parameter(f"{self.positions}.weight")
+        table: Tensor = base.network.get_parameter(f"{self.positions}.weight")
         placed = table[positions.to(table.device) + self.skipped]
         found: Tensor = base.module(base.spec.embedding)(ids)
         return found + placed.to(found.device)
