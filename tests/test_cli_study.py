@@ -11,6 +11,11 @@ import pytest
 import torch
 
 from kbsync.cli import main
+from kbsync.cli.study import _traced
+from kbsync.editor.model import load_base
+from kbsync.editor.preset import load_preset
+from kbsync.errors import ConfigError
+from kbsync.hub import fingerprint
 from tests.tiny import save, tiny_gpt2
 
 KNOWN = [
@@ -77,3 +82,83 @@ def test_trace_as_json_is_the_whole_report(model: Path, facts: Path, capsys: pyt
 def test_trace_of_a_missing_file_names_it(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, err = run(capsys, "trace", model, "--facts", tmp_path / "none.json", code=2)
     assert "none.json: no JSON to read" in err
+
+
+@pytest.fixture
+def cities(tmp_path: Path) -> Path:
+    """Known facts of one relation with two objects: counterfactuals can be made of them."""
+    rows = [
+        {"subject": name, "prompt": f"{name} {wording}", "attribute": thing, "relation_id": "P17"}
+        for (name, thing) in {"Rome": "Italy", "Milan": "Italy", "Paris": "France", "Lyon": "France"}.items()
+        for wording in (["is a city in"] if name in ("Rome", "Paris") else ["lies in"])
+    ]
+    path = tmp_path / "cities.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def test_calibrate_writes_a_preset_that_can_be_used(
+    model: Path, cities: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, scores, facts, date and libraries; a second run does not overwrite it unless it is told to."""
+    monkeypatch.setenv("KBSYNC_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "mine.yaml"
+    arguments = ("calibrate", model, "--facts", cities, "--layers", "2-3", "--rungs", "1,2", "--out", out)
+    printed, _ = run(capsys, *arguments)
+    preset = load_preset(out)
+    assert preset.layers == (2, 3)
+    assert preset.name == "mine"
+    assert {"edited", "unedited", "date", "libraries", "data", "search"} <= preset.scores.keys()
+    assert preset.scores["search"]["facts"] == [1, 2]
+    assert "2 facts of cities.json" in preset.scores["data"]
+    assert f"{preset.covariance_weight:g}" in printed
+    written = out.read_bytes()
+    _, err = run(capsys, *arguments, code=2)
+    assert "mine.yaml: is there already" in err
+    assert out.read_bytes() == written
+    found = json.loads(run(capsys, *arguments, "--force", "--json")[0])
+    assert found["rungs"][1]["trials"][0]["lambda"] == load_preset(out).covariance_weight
+    assert found["layers"] == {"chosen": [2, 3], "why": "as given"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--rungs", "8,4"), "no ascending numbers"),
+        (("--rungs", "1,x"), "no ascending numbers"),
+        (("--rungs", "1,90"), "4 facts to try settings on, 90 wanted"),
+        (("--rungs", "1,2", "--layers", "3,2"), "layers"),
+        (("--rungs", "1,2", "--layers", "first"), "layers"),
+        (("--out", "mine.json"), "ends in .yaml"),
+    ],
+)
+def test_calibrate_refuses_what_cannot_be_meant(
+    model: Path, cities: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], problem: str
+) -> None:
+    _, err = run(capsys, "calibrate", model, "--facts", cities, *arguments, code=2)
+    assert problem in err
+
+
+def test_calibrate_takes_layers_of_a_trace_of_the_same_model_only(
+    model: Path, facts: Path, cities: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "trace", model, "--facts", facts, "--samples", "1", "--limit", "1", "--out", tmp_path)
+    base = load_base(model, fingerprint=fingerprint(model))
+    trace = tmp_path / "trace.json"
+    suggested = json.loads(trace.read_text(encoding="utf-8"))["suggested"]["layers"]
+    assert _traced(base, trace)[0] == tuple(suggested)
+    other = load_base(model, fingerprint="another")
+    with pytest.raises(ConfigError, match="trace of another model"):
+        _traced(other, trace)
+    with pytest.raises(ConfigError, match="not a trace"):
+        _traced(base, cities)
+
+
+def test_calibrate_of_a_model_that_knows_nothing_writes_nothing(
+    model: Path, cities: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers are traced where none are given, and there must be something to trace."""
+    out = tmp_path / "mine.yaml"
+    _, err = run(capsys, "calibrate", model, "--facts", cities, "--rungs", "1,2", "--out", out, code=1)
+    assert "answers none of 4 facts right" in err
+    assert not out.exists()

@@ -37,7 +37,7 @@ from kbsync.hub import cache_dir, fingerprint, resolve_model
 from kbsync.progress import Progress, silent
 from kbsync.versions.weights import served, weights_sha256
 
-__all__ = ["PRISTINE", "Laboratory", "Weights", "open_laboratory"]
+__all__ = ["PRISTINE", "Laboratory", "Weights", "laboratory", "open_laboratory"]
 
 TARGETS = "bench-targets"
 """Folder in the user's cache that keeps target vectors of benchmarks."""
@@ -206,6 +206,10 @@ def open_laboratory(
     folder = resolve_model(model)
     settings = changed(load_preset(preset or folder.name), {"chat_context": False} | dict(changes or {}))
     base = load_base(folder.path, fingerprint=fingerprint(folder.path), device=device)
-    statistics = statistics_for(base, settings, progress=progress)
-    where = cache_dir() / TARGETS
-    return Laboratory(folder.name, base, settings, statistics, where, changes or {}, progress)
+    return replace(laboratory(folder.name, base, settings, progress=progress), changes=changes or {})
+
+
+def laboratory(name: str, base: Base, preset: Preset, *, progress: Progress = silent) -> Laboratory:
+    """The laboratory of a loaded model under these settings; its statistics are collected where they are missing."""
+    statistics = statistics_for(base, preset, progress=progress)
+    return Laboratory(name, base, preset, statistics, cache_dir() / TARGETS, progress=progress)
