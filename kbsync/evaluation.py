@@ -12,7 +12,8 @@ Loads torch only when called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,14 @@ from kbsync.config import Workspace
 from kbsync.editor.datasets import dataset_of, load_counterfact, load_facts, load_references, load_zsre
 from kbsync.editor.preset import Preset, load_preset, packaged_presets
 from kbsync.errors import EditError, ModelError, UsageError
-from kbsync.hub import cache_dir, fingerprint, resolve_model
+from kbsync.hub import fingerprint, resolve_model
 from kbsync.ledger import Ledger
 from kbsync.progress import Progress, silent
 from kbsync.serving import Versions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from kbsync.editor.assess import Dataset, Edited, Options
     from kbsync.editor.drift import HeldOut
     from kbsync.editor.model import Base
@@ -105,31 +108,39 @@ def read_dataset(text: str, *, limit: int | None = None, references: Path | None
     return Dataset("facts", facts[:limit], len(facts))
 
 
-def edit(subject: Subject, requests: Sequence[EditRequest], *, progress: Progress = silent) -> None:
-    """Let `subject.edited` be its base with `requests` inserted as one batch, in memory. Target vectors are kept in the
-    user's cache. Requests that cannot be placed in their tokens are left out and named in `about`.
+def edit(
+    subject: Subject, requests: Sequence[EditRequest], *, method: str = "memit", progress: Progress = silent
+) -> None:
+    """Let `subject.edited` be its base with `requests` put in, in memory: by MEMIT as one batch, or by a baseline
+    (`ft-w`, `rome`). Requests that cannot be placed in their tokens are left out and named in `about`.
 
-    Raises ModelError for a model without a preset, EditError as the engine does.
+    Raises UsageError for another method, ModelError for a model without a preset, EditError as the engine does.
     """
-    from kbsync.bench.lab import PRISTINE, TARGETS, Laboratory
+    from kbsync.bench.methods import METHODS
+    from kbsync.editor.model import weights_in
+    from kbsync.versions.weights import served
 
+    if method not in METHODS:
+        raise UsageError(f"method {method!r} is not known", hint=f"one of: {', '.join(METHODS)}")
     if subject.preset is None:
         raise ModelError(
             f"model {subject.name}: no preset, so it cannot be edited",
             hint="kbsync calibrate, or name a YAML file with --preset",
         )
-    statistics = _statistics(subject.base, subject.preset, progress)
-    fit, left_out = _placeable(subject.base, requests, statistics.contexts)
-    lab = Laboratory(subject.name, subject.base, subject.preset, statistics, cache_dir() / TARGETS, progress=progress)
-    weights = lab.edit(PRISTINE, fit, lab.targets(fit))
-    subject.edited = partial(lab.holding, weights)
+    base, statistics = subject.base, _statistics(subject.base, subject.preset, progress)
+    fit, left_out = _placeable(base, requests, statistics.contexts)
+    start = time.perf_counter()
+    masters = METHODS[method](base, subject.preset, fit, statistics, progress)
+    seconds = time.perf_counter() - start
+    subject.edited = partial(weights_in, base, {name: served(one, base.dtype) for name, one in masters.items()})
+    subject.texts = _held_out(statistics)
     subject.about |= {
+        "method": method,
         "batch": len(fit),
         "left_out": left_out,
-        "norms": lab.norms(weights),
-        "edit_seconds": {phase: round(value, 2) for phase, value in lab.seconds.items()},
+        "norms": _norms(base, masters),
+        "edit_seconds": round(seconds, 2),
     }
-    subject.texts = _held_out(statistics)
 
 
 def evaluate(
@@ -150,6 +161,12 @@ def evaluate(
         "total": dataset.total,
     }
     return about | subject.about | found | {"machine": machine()}
+
+
+def _norms(base: Base, masters: Mapping[str, Tensor]) -> dict[str, float]:
+    """‖ΔW‖ / ‖W‖ (Frobenius) by module."""
+    pristine = {name: base.weight(name).double() for name in masters}
+    return {name: float((one - pristine[name]).norm() / pristine[name].norm()) for name, one in masters.items()}
 
 
 def _statistics(base: Base, preset: Preset, progress: Progress) -> Statistics:

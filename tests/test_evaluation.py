@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from kbsync.bench.lab import PRISTINE
 from kbsync.cli import main
+from kbsync.editor.answers import log_probabilities
 from kbsync.editor.assess import Dataset
 from kbsync.editor.datasets import load_counterfact
 from kbsync.editor.evaluate import HARMONIC, columns, score_records
 from kbsync.editor.intervals import intervals
+from kbsync.errors import UsageError
 from kbsync.evaluation import edit, evaluate, open_model, read_dataset
 from kbsync.facts import EditRequest, FactKey
 from kbsync.plots.evaluate import draw
@@ -112,8 +115,6 @@ def test_an_edit_in_memory_is_that_of_the_laboratory(folder: Path) -> None:
     found = evaluate(subject, data)
     lab = tiny_laboratory(folder)
     records = load_counterfact(tiny_dataset(folder))[:4]
-    from kbsync.bench.lab import PRISTINE
-
     weights = lab.edit(PRISTINE, data.requests, lab.targets(data.requests))
     for state, there in (("before", PRISTINE), ("after", weights)):
         expected = intervals(columns(lab.scores(there, records)), harmonic=HARMONIC)
@@ -121,6 +122,32 @@ def test_an_edit_in_memory_is_that_of_the_laboratory(folder: Path) -> None:
     assert value(found, "after", "efficacy") > value(found, "before", "efficacy")
     assert (found["batch"], found["left_out"], found["version"]) == (4, [], None)
     assert found["norms"] == lab.norms(weights)
+
+
+@pytest.mark.parametrize(("method", "modules"), [("memit", 3), ("ft-w", 1), ("rome", 1)])
+def test_a_baseline_edits_the_same_records(folder: Path, method: str, modules: int) -> None:
+    """Each makes the objects of the records more probable in its own layers, and leaves the base alone."""
+    model, preset = tiny_model(folder)
+    data = read_dataset(f"counterfact:{tiny_dataset(folder)}", limit=4)
+    subject = open_model(str(model), str(preset), device="cpu")
+    before = evaluate(subject, data)
+    edit(subject, data.requests, method=method)
+    found = evaluate(subject, data)
+    assert found["all"]["before"] == before["all"]["before"]
+    assert len(found["norms"]) == modules
+    assert all(norm > 0 for norm in found["norms"].values())
+    assert found["drift"]["holdout"]["kl"] > 0
+    pairs = [(request.prompt, request.target) for request in data.requests]
+    was = sum(one.mean_log_probability for one in log_probabilities(subject.base, pairs))
+    assert subject.edited is not None
+    with subject.edited():
+        assert sum(one.mean_log_probability for one in log_probabilities(subject.base, pairs)) > was
+
+
+def test_another_method_is_refused(folder: Path) -> None:
+    model, preset = tiny_model(folder)
+    with pytest.raises(UsageError, match="method 'mend' is not known"):
+        edit(open_model(str(model), str(preset), device="cpu"), [], method="mend")
 
 
 def test_a_request_that_cannot_be_placed_is_left_out_and_named(folder: Path) -> None:
@@ -154,7 +181,7 @@ def test_the_table_shows_metrics_relations_and_protocol(folder: Path, capsys: py
     options = ("--model", str(model), "--preset", str(preset), "--dataset", data, "--limit", "4", "--edit")
     assert run(*options, "--plot", str(folder / "figure")) == 0
     said = capsys.readouterr().out
-    for text in ("4 edited in one batch", "score (S)", "neighborhood (NS)", "difference", "by relation, after", "P1"):
+    for text in ("4 edited by memit", "score (S)", "neighborhood (NS)", "difference", "by relation, after", "P1"):
         assert text in said
     for text in ("perplexity (holdout)", "KL to the base (holdout)", "mean log-probability", "tokens read in"):
         assert text in said

@@ -47,6 +47,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first records of the data set.")] = None,
     edit: Annotated[bool, typer.Option("--edit", help="Edit the records first, in memory, on the base.")] = False,
+    method: Annotated[str, typer.Option(help="With --edit: memit, or a baseline: ft-w, rome.")] = "memit",
     model: Annotated[str | None, typer.Option(help="A model instead of the workspace's version.")] = None,
     preset: Annotated[str | None, typer.Option(help="With --model: a preset or a YAML file.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Also let it write texts: GE, RS (minutes).")] = False,
@@ -71,7 +72,7 @@ def evaluate(
         if not chosen.records:
             raise UsageError("there are no facts to measure", hint="kbsync sync, or --dataset kind:FILE")
         if edit:
-            insert(subject, chosen.requests, progress=progress)
+            insert(subject, chosen.requests, method=method, progress=progress)
         options = Options(write=generate or references is not None, seed=seed)
         result = {"dataset": dataset} | measure(subject, chosen, options=options, progress=progress)
     _show(result, plot, as_json)
@@ -128,7 +129,7 @@ def _tables(result: Mapping[str, Any]) -> None:
 
 def _title(result: Mapping[str, Any]) -> str:
     what = result["dataset"] or f"facts of version {result['version']}"
-    batch = f", {result['batch']} edited in one batch" if "batch" in result else ""
+    batch = f", {result['batch']} edited by {result['method']}" if "batch" in result else ""
     return f"{result['model']} ({result['dtype']}): {result['records']} of {result['total']} {what}{batch}"
 
 
