@@ -105,8 +105,7 @@ class _Scoring:
 class _Run:
     """Rows of equal length that lie one after the other: their attention is one batch, without padding."""
 
-    def __init__(self, start: int, shape: tuple[int, int], past: Past, dtype: torch.dtype) -> None:
-        self.tokens = slice(start, start + shape[0] * shape[1])
+    def __init__(self, shape: tuple[int, int], past: Past, dtype: torch.dtype) -> None:
         self.shape = shape
         self.past = past
         self.dtype = dtype
@@ -176,9 +175,10 @@ class Packed:
         for length, group in groupby(lengths):
             count = len(list(group))
             if length:
-                self.runs.append(_Run(token, (count, length), past.part(row, row + count), dtype))
+                self.runs.append(_Run((count, length), past.part(row, row + count), dtype))
             self.starts += [token + length * index for index in range(count)]
             token, row = token + count * length, row + count
+        self.sizes = [run.shape[0] * run.shape[1] for run in self.runs]
         nothing = torch.empty(0, dtype=torch.long, device=past.lengths.device)
         self.positions = torch.cat([nothing, *(run.positions for run in self.runs)])
         """[N]: each token's place in its whole text."""
@@ -197,9 +197,11 @@ class _Attention:
         query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # [N, heads, size]
         if self.kept is not None:
             self.kept.append(torch.stack((key, value)).to(self.packed.positions.device))
+        # split, not slices: the gradient of a slice is a whole tensor of zeros for each of them.
+        parts = zip(*(one.split(self.packed.sizes) for one in (query, key, value)), strict=True)
         found = [
-            run.attend(query[run.tokens], key[run.tokens], value[run.tokens], layer, scoring)
-            for run in self.packed.runs
+            run.attend(query, key, value, layer, scoring)
+            for run, (query, key, value) in zip(self.packed.runs, parts, strict=True)
         ]
         return torch.cat(found)[None] if found else query[None]  # [1, N, H, size]
 
