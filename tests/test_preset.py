@@ -121,3 +121,31 @@ def test_presets_from_papers_are_the_papers(name: str, layers: range, weight: in
     found = load_preset(name)
     assert found.layers == tuple(layers)
     assert (found.covariance_weight, found.clamp, found.rate, found.steps) == (weight, clamp, 0.5, steps)
+
+
+def test_lambda_grows_from_a_hundred_facts_on() -> None:
+    preset = load_preset("smollm2-135m").model_copy(update={"covariance_weight": 300.0, "covariance_growth": 0.5})
+    assert [preset.weight_at(facts) for facts in (1, 100, 400)] == [300.0, 300.0, 600.0]
+
+
+def test_the_rate_falls_from_the_first_update_to_the_last() -> None:
+    preset = load_preset("smollm2-135m").model_copy(update={"rate": 2.0, "rate_decay": 0.25, "steps": 4})
+    assert [round(preset.rate_at(step), 9) for step in (1, 2, 3)] == [2.0, 1.0, 0.5]
+
+
+def test_every_setting_of_the_search_names_another_target() -> None:
+    preset = load_preset("smollm2-135m")
+    other = {
+        "clamp": 0.5, "rate": 0.1, "rate_decay": 0.5, "steps": 3, "weight_decay": 0.1, "kl_weight": 0.1, "seed": 5,
+        "stop_loss": 0.2, "diverged_loss": 9.0, "stop_top": True, "early_contexts": 2, "early_steps": 3,
+        "chat_context": True, "layers": (3, 4),
+    }  # fmt: skip
+    digests = {preset.model_copy(update={name: value}).target_digest for name, value in other.items()}
+    assert len(digests | {preset.target_digest}) == len(other) + 1
+    for name, value in {
+        "covariance_weight": 1.0,
+        "null_space": 0.1,
+        "token_budget": 9,
+        "covariance_growth": 1.0,
+    }.items():
+        assert preset.model_copy(update={name: value}).target_digest == preset.target_digest

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kbsync.editor.solve import Normal
+from kbsync.editor.solve import Normal, NullSpace
 from kbsync.errors import EditError
 
 CPU = torch.device("cpu")
@@ -92,3 +92,24 @@ def test_inaccurate_solve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: (factorise(A)[0] * 1.001, torch.tensor(0)))
     with pytest.raises(EditError, match="the solve is off by"):
         Normal(covariance(48, 500), CPU).solve(random(48, 40), weight=1.0)
+
+
+@settings(deadline=None)
+@given(share=st.floats(0.001, 0.5), protected=st.integers(0, 5), few=st.integers(1, 5))
+def test_null_space_moves_only_what_text_hardly_uses(share: float, protected: int, few: int) -> None:
+    """U lies in the directions that hold at most the share of the energy, and solves the system restricted to them."""
+    C, K, weight = covariance(48, 500), random(48, few, seed=2), 3.0
+    earlier = random(48, protected, seed=3) if protected else None
+    system = NullSpace(C, CPU, share)
+    Q = system.basis
+    U = system.solve(K, weight=weight, protected=earlier).U
+    assert torch.allclose(Q @ (Q.T @ U), U, atol=1e-9)
+    assert torch.trace(Q.T @ C @ Q) <= share * torch.trace(C) * (1 + 1e-9)
+    A = weight * C + K @ K.T + (0 if earlier is None else earlier @ earlier.T)
+    assert torch.allclose(Q.T @ A @ U, Q.T @ K, atol=1e-7)
+
+
+def test_null_space_without_a_direction_is_refused() -> None:
+    """A share smaller than the smallest direction's leaves nothing to edit in."""
+    with pytest.raises(EditError, match="no direction"):
+        NullSpace(torch.eye(8, dtype=torch.float64), CPU, 0.01).solve(random(8, 1), weight=1.0)

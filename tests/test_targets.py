@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kbsync.editor.layers import Layers
 from kbsync.editor.plain import plain_targets
 from kbsync.editor.targets import Target, compute_targets
 from kbsync.errors import EditError
@@ -30,6 +31,10 @@ def difference(one: dict[str, Target], other: dict[str, Target]) -> float:
     {"layers": (4,)},
     {"steps": 1},
     {"steps": 12, "stop_loss": 4.0},
+    {"rate": 1.0, "rate_decay": 0.2},
+    {"steps": 20, "stop_top": True},
+    {"early_contexts": 2, "early_steps": 3},
+    {"early_contexts": 1, "early_steps": 5, "stop_loss": 4.5},
 ], ids=str)  # fmt: skip
 def test_every_setting_means_the_same_to_the_oracle(changes: dict[str, Any]) -> None:
     """Each term of the loss, the clamp, the layer, one step only, and facts that stop at different steps."""
@@ -134,7 +139,7 @@ def test_nothing_asked_nothing_done() -> None:
 
 
 def test_refusals() -> None:
-    """The last layer, contexts without the bare prompt, a fact that cannot be placed, a broken model."""
+    """The last layer, contexts without the bare prompt, a fact that cannot be placed."""
     base = tiny_llama()
     with pytest.raises(EditError, match="layer 5 is the last"):
         compute_targets(base, FACTS, CONTEXTS, tiny_preset(layers=(5,)))
@@ -142,6 +147,52 @@ def test_refusals() -> None:
         compute_targets(base, FACTS, CONTEXTS[1:], tiny_preset())
     with pytest.raises(EditError, match="not in the prompt"):
         compute_targets(base, [FACTS[0], request("The sky is", "Vega", "blue")], CONTEXTS, tiny_preset())
+
+
+def test_a_search_that_is_not_finite_is_marked_and_ends_at_once() -> None:
+    """A broken layer above L gives no number: nothing to write, and no reason to go on for all steps."""
+    base = tiny_llama()
     base.set_weight(base.spec.down_name(4), torch.full((32, 48), torch.nan))
-    with pytest.raises(EditError, match="not finite"):
-        compute_targets(base, FACTS, CONTEXTS, tiny_preset())
+    for target in compute_targets(base, FACTS, CONTEXTS, tiny_preset()).values():
+        assert target.diverged
+        assert target.steps == 1
+
+
+def test_a_fact_that_ends_at_the_clamp_with_a_high_loss_is_marked() -> None:
+    """What a tight clamp keeps from being learned has diverged; what stays inside of it has not."""
+    tight = compute_targets(tiny_llama(), FACTS, CONTEXTS, tiny_preset(clamp=0.01, diverged_loss=1.0))
+    assert all(target.diverged and target.clamped for target in tight.values())
+    wide = compute_targets(tiny_llama(), FACTS, CONTEXTS, tiny_preset(clamp=100.0, diverged_loss=1.0))
+    assert not any(target.diverged for target in wide.values())
+
+
+@pytest.mark.parametrize("room", [120, 250, 1000])
+def test_out_of_memory_halves_the_budget_and_loses_no_fact(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fits at a time, each fact gets the target that it has with memory for all of them."""
+    base = tiny_llama(dtype=torch.float64)
+    whole = compute_targets(base, FACTS, CONTEXTS, tiny_preset(token_budget=4096))
+    run, refused = Layers._run, []
+
+    def short_of_memory(layers: Layers, hidden: Tensor, *rest: Any) -> Tensor:
+        if len(hidden) > room:
+            refused.append(len(hidden))
+            raise torch.OutOfMemoryError("no room")
+        return run(layers, hidden, *rest)
+
+    monkeypatch.setattr(Layers, "_run", short_of_memory)
+    found = compute_targets(base, FACTS, CONTEXTS, tiny_preset(token_budget=4096))
+    assert difference(found, whole) < 1e-10
+    assert {digest: target.steps for digest, target in found.items()} == {d: t.steps for d, t in whole.items()}
+    assert refused or room == 1000
+
+
+def test_without_room_for_one_fact_the_search_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halving ends where one fact does not fit."""
+
+    def no_memory(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    base, preset = tiny_llama(), tiny_preset()
+    monkeypatch.setattr("kbsync.editor.targets.missing_tokens", no_memory)
+    with pytest.raises(EditError, match="out of memory"):
+        compute_targets(base, FACTS, CONTEXTS, preset)

@@ -23,7 +23,7 @@ from kbsync.editor.model import Base, weights_in
 from kbsync.editor.packing import pack
 from kbsync.editor.preset import Preset
 from kbsync.editor.rows import Beginnings
-from kbsync.editor.solve import Normal
+from kbsync.editor.solve import Normal, NullSpace
 from kbsync.editor.targets import Target
 from kbsync.editor.tokens import BARE, encode_prompt
 from kbsync.errors import EditError
@@ -80,7 +80,9 @@ def insert(
             texts.advance(layer)
             K, h = texts.read(preset.layers[-1])  # [f, n], [d, n]
             earlier = protected[name].to(K).T if protected and name in protected else None  # [f, m]
-            solution = _normal(base, statistics, name).solve(K, weight=preset.covariance_weight, protected=earlier)
+            weight = preset.weight_at(len(requests) + (0 if earlier is None else earlier.shape[1]))
+            system = _system(base, statistics, name, preset.null_space)
+            solution = system.solve(K, weight=weight, protected=earlier)
             R = (z - h) / (len(names) - done)  # [d, n]
             factors[name] = _factors(base, R, solution.U, K)
             insertion.residual[name], insertion.jitter[name] = solution.residual, solution.jitter
@@ -103,12 +105,14 @@ def _require(
             raise EditError(f"{name}: the statistics do not cover it", hint="kbsync statistics build")
 
 
-def _normal(base: Base, statistics: Statistics, name: str) -> Normal:
+def _system(base: Base, statistics: Statistics, name: str, null_space: float | None) -> Normal | NullSpace:
     """The system of a matrix, with its factor kept beside the statistics that it belongs to."""
-    key = (name, str(base.device))
+    key = (name, str(base.device), null_space)
     if key not in statistics.factors:
-        statistics.factors[key] = Normal(statistics.covariance[name].double(), base.device)
-    found: Normal = statistics.factors[key]
+        C = statistics.covariance[name].double()
+        new = Normal(C, base.device) if null_space is None else NullSpace(C, base.device, null_space)
+        statistics.factors[key] = new
+    found: Normal | NullSpace = statistics.factors[key]
     return found
 
 

@@ -53,16 +53,21 @@ def _target(base: Base, request: EditRequest, contexts: Sequence[str], preset: P
     limit = preset.clamp * h.norm()
     before: Tensor | None = None
     clamped = False
+    bare_first = sorted(contexts, key=lambda context: context != "{}")
     for step in range(1, preset.steps + 1):
+        counted = bare_first[: preset.contexts_at(step, len(contexts))]
         log_probs = _log_probs(base, texts, top, delta)
         essence = log_probs[-1, texts[-1].subject]
         before = essence.detach() if before is None else before
-        losses = [_missing(row, text) for row, text in zip(log_probs[:-1], texts[:-1], strict=True)]
+        rows = [pair for pair, one in zip(zip(log_probs, texts, strict=True), contexts, strict=False) if one in counted]
+        losses = [_missing(row, text) for row, text in rows]
         loss = torch.stack(losses).mean()
         loss = loss + preset.kl_weight * (essence.exp() * (essence - before)).sum()
         loss = loss + preset.weight_decay * delta.norm() / h.norm() ** 2
-        if loss < preset.stop_loss or step == preset.steps:
+        found = loss < preset.stop_loss or (preset.stop_top and all(_is_top(row, text) for row, text in rows))
+        if (found and step > preset.early_steps) or step == preset.steps:
             break
+        adam.param_groups[0]["lr"] = preset.rate_at(step)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -77,6 +82,11 @@ def _missing(log_probs: Tensor, text: _Text) -> Tensor:
     """-log P of the object, the mean over its tokens. `log_probs` is [T, vocabulary]."""
     each = [log_probs[at - 1, text.ids[at]] for at in range(text.object, len(text.ids))]
     return -torch.stack(each).mean()
+
+
+def _is_top(log_probs: Tensor, text: _Text) -> bool:
+    """Whether each token of the object is the most probable one."""
+    return all(int(log_probs[at - 1].argmax()) == text.ids[at] for at in range(text.object, len(text.ids)))
 
 
 def _log_probs(base: Base, texts: Sequence[_Text], top: int, delta: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+GROWTH_FACTS = 100
+"""Facts from which on λ grows, where it does."""
+
+
 class Preset(BaseModel):
     """Settings of MEMIT for one model. Layer indices count from 0; the deepest edited layer L is `layers[-1]`."""
 
@@ -40,6 +44,8 @@ class Preset(BaseModel):
     """Largest ‖δ‖ as a share of ‖h‖ at the lookup token."""
     rate: Positive
     """Adam's learning rate for δ."""
+    rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the rate that is left at the last update, reached geometrically; 1: the rate is constant."""
     steps: Count
     """Losses computed per fact; the last one is followed by no update."""
     weight_decay: NotNegative = 0.5
@@ -48,6 +54,8 @@ class Preset(BaseModel):
     """Weight of the KL term that keeps what the subject is ("{subject} is a")."""
     stop_loss: NotNegative = 0.05
     """A fact is done when its loss is below this; 0 means never before `steps`."""
+    diverged_loss: Positive = 4.0
+    """A fact whose δ ends at the clamp with a loss above this has not been learned: it is held, not written."""
     stop_top: bool = False
     """A fact is done, too, once each token of its object is the most probable one in every context (ENCORE)."""
     early_contexts: Count | None = None
@@ -82,10 +90,25 @@ class Preset(BaseModel):
             raise ValueError("must ascend without repetition")
         return layers
 
+    def rate_at(self, step: int) -> float:
+        """Adam's learning rate of the update after loss `step`, counted from 1."""
+        return self.rate * float(self.rate_decay) ** ((step - 1) / max(1, self.steps - 2))
+
+    def contexts_at(self, step: int, contexts: int) -> int:
+        """On how many of so many contexts loss `step`, counted from 1, is computed."""
+        return min(self.early_contexts or contexts, contexts) if step <= self.early_steps else contexts
+
+    def weight_at(self, facts: int) -> float:
+        """λ for weights that hold so many facts."""
+        return self.covariance_weight * float(max(1.0, facts / GROWTH_FACTS) ** self.covariance_growth)
+
     @property
     def target_digest(self) -> str:
         """sha256 of what a target vector depends on, apart from the model and the request: the z cache's key."""
-        names = ("clamp", "rate", "steps", "weight_decay", "kl_weight", "stop_loss", "seed", "chat_context")
+        names = (
+            *("clamp", "rate", "rate_decay", "steps", "weight_decay", "kl_weight", "stop_loss", "diverged_loss"),
+            *("stop_top", "early_contexts", "early_steps", "seed", "chat_context"),
+        )
         return digest_of({"layer": self.layers[-1]} | {name: getattr(self, name) for name in names})
 
     @property

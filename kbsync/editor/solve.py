@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kbsync.errors import EditError
 
-__all__ = ["Normal", "Solution"]
+__all__ = ["Normal", "NullSpace", "Solution"]
 
 _WORST_RESIDUAL = 1e-6
 """Largest ‖A U - K‖ / ‖K‖ that is accepted: the solve must not be what limits a float32 delta."""
@@ -76,6 +76,26 @@ class Normal:
         last = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)[:, -count:]
         mixed = half @ torch.cholesky_solve(last, torch.linalg.cholesky(inner))
         return torch.linalg.solve_triangular(factor.T, mixed, upper=True), weight * jitter
+
+
+class NullSpace:
+    """The same system, kept to the directions that ordinary text hardly uses (AlphaEdit, arXiv 2410.02355): those with
+    the smallest eigenvalues of C that together hold at most `share` of its trace. What lies in the others is not moved.
+    """
+
+    def __init__(self, covariance: Tensor, device: torch.device, share: float) -> None:
+        values, vectors = torch.linalg.eigh(covariance.to(device))
+        kept = values.clamp(min=0).cumsum(0) <= share * values.sum()
+        self.basis = vectors[:, kept]  # [f, q]
+        self._normal = Normal(torch.diag(values[kept].clamp(min=0)), device)
+
+    def solve(self, keys: Tensor, *, weight: float, protected: Tensor | None = None) -> Solution:
+        """As `Normal.solve`; U lies in the kept directions, and the residual is measured in them."""
+        if not self.basis.shape[1]:
+            raise EditError("no direction is left to edit in", hint="a larger null_space in the preset")
+        earlier = None if protected is None else self.basis.T @ protected
+        found = self._normal.solve(self.basis.T @ keys, weight=weight, protected=earlier)
+        return Solution(self.basis @ found.U, found.residual, found.jitter)
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, float]:

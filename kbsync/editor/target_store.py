@@ -40,7 +40,8 @@ class TargetStore:
                 z, meta = file.get_tensor("z"), file.metadata()
             if meta["sha256"] != _sha256(z):
                 return None
-            return Target(z=z, loss=float(meta["loss"]), steps=int(meta["steps"]), clamped=meta["clamped"] == "True")
+            clamped, diverged = (meta[name] == "True" for name in ("clamped", "diverged"))
+            return Target(z, float(meta["loss"]), int(meta["steps"]), clamped, diverged)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
@@ -51,6 +52,7 @@ class TargetStore:
             "loss": repr(target.loss),
             "steps": str(target.steps),
             "clamped": str(target.clamped),
+            "diverged": str(target.diverged),
         }
         self._folder.mkdir(parents=True, exist_ok=True)
         write_durably(self.path(request), save({"z": target.z.contiguous()}, metadata=meta))

@@ -7,6 +7,7 @@ arXiv 2210.07229, and its authors' code). Adam, ‖δ‖ clamped to a share of �
 What makes it fast changes no result: contexts' common beginnings are run once; of a row only the tokens from the
 lookup token on are run again, through the layers above L only, on stored keys and values of those before; logits only
 where the object (or the KL term) is predicted; many facts together, by suffix length; a fact that is done makes room.
+Settings of the preset shorten the way without changing what is looked for: a rate that falls, fewer contexts at first.
 
     found = compute_targets(base, requests, statistics.contexts, preset)
     found[request.digest].z                  # [d]
@@ -17,13 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
+import structlog
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kbsync.editor.layers import Layers, Packed, Past
 from kbsync.editor.model import Base
+from kbsync.editor.objective import divergence_from, missing_tokens
 from kbsync.editor.preset import Preset
 from kbsync.editor.rows import Beginnings, Row, read_rows
 from kbsync.editor.tokens import BARE, encode, encode_subject
@@ -33,6 +36,8 @@ from kbsync.progress import Progress, silent
 
 __all__ = ["Target", "compute_targets", "stream_targets"]
 
+log = structlog.get_logger()
+
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 """Adam's constants as in torch.optim.Adam; every fact counts its own steps."""
@@ -41,12 +46,14 @@ _EPSILON = 1e-8
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
     """z [d] on the CPU, float32 (float64 for a float64 model); its loss; how many losses were computed to find it.
-    `clamped`: δ was cut to the clamp at its last update."""
+    `clamped`: δ was cut to the clamp at its last update. `diverged`: nothing was learned (a number that is not finite,
+    or a loss above the preset's `diverged_loss` at the clamp): not to be written into a model."""
 
     z: Tensor
     loss: float
     steps: int
     clamped: bool
+    diverged: bool = False
 
 
 def compute_targets(
@@ -61,7 +68,8 @@ def compute_targets(
     """z of each request by its digest, on the weights that `base` holds, which are not changed.
 
     `contexts` are templates that end in `{}`, the bare one among them. `done` is called for each fact as soon as it is
-    finished. Raises EditError for a request that cannot be placed in its tokens and for a loss that is not finite.
+    finished. Where memory runs out the token budget is halved and the search goes on. Raises EditError for a request
+    that cannot be placed in its tokens, and where not even one fact fits into the memory.
     """
     wanted = {request.digest: request for request in requests}
     found: dict[str, Target] = {}
@@ -94,9 +102,14 @@ class _Fact:
     def all_rows(self) -> list[Row]:
         return [*self.rows, self.essence] if self.essence else self.rows
 
+    def rows_of(self, count: int) -> list[Row]:
+        """The rows of so many contexts, the bare prompt's first, and the KL term's."""
+        chosen = [self.bare, *(row for row in self.rows if row is not self.bare)][:count]
+        return [*chosen, self.essence] if self.essence else chosen
+
     @property
     def tokens(self) -> int:
-        """Tokens that every step runs."""
+        """Tokens that a step runs with all contexts."""
         return sum(row.suffix for row in self.all_rows)
 
 
@@ -134,11 +147,12 @@ class _State:
 
     def update(self, gradient: Tensor, preset: Preset, more: Tensor) -> None:
         """One step of Adam on the δ [n, d] of the facts that go on (`more` [n]), then the clamp."""
+        rate = gradient.new_tensor([preset.rate_at(step) for step in self.steps.tolist()])
         taken = self.steps[:, None].to(gradient.dtype)
         self.mean = torch.lerp(self.mean, gradient, 1 - _BETAS[0])
         self.square = _BETAS[1] * self.square + (1 - _BETAS[1]) * gradient**2
         scale = (self.square / (1 - _BETAS[1] ** taken)).sqrt() + _EPSILON
-        delta = self.delta - preset.rate * self.mean / (1 - _BETAS[0] ** taken) / scale
+        delta = self.delta - rate[:, None] * self.mean / (1 - _BETAS[0] ** taken) / scale
         limit = preset.clamp * self.h.norm(dim=1, keepdim=True)
         norm = delta.norm(dim=1, keepdim=True)
         clamped = norm > limit
@@ -179,7 +193,8 @@ class _Search:
 
     def __init__(self, base: Base, requests: Sequence[EditRequest], contexts: Sequence[str], preset: Preset) -> None:
         self.base, self.contexts, self.preset = base, contexts, preset
-        self.top = preset.layers[-1] + 1
+        self.top, self.budget = preset.layers[-1] + 1, preset.token_budget
+        self.waiting: list[tuple[_Fact, _State]] = []
         if self.top >= base.layers:
             raise EditError(f"layer {self.top - 1} is the last one: none above it tells what its state should be")
         if BARE not in contexts:
@@ -207,34 +222,82 @@ class _Search:
         empty = torch.empty(0, self.base.network.config.hidden_size, dtype=self.dtype, device=self.base.device)
         facts, state = self._refill([], _State.begin(empty, vocabulary))
         while facts:
-            batch = self._batch(facts)
-            finished = torch.zeros(len(facts), dtype=torch.bool)
-            while not finished.any():
-                losses, gradient = self._evaluate(state, batch)
-                finished = (losses < self.preset.stop_loss) | (state.steps >= self.preset.steps)
-                state.update(gradient, self.preset, ~finished)
+            try:
+                losses, finished = self._advance(facts, state)
+            except torch.OutOfMemoryError as error:
+                if len(facts) == 1:
+                    raise _no_room(facts[0].request) from error
+                facts, state = self._part(facts, state)
+                continue
             for index in finished.nonzero()[:, 0].tolist():
-                yield facts[index].request, _target(state, index, facts[index], float(losses[index]))
+                yield facts[index].request, _target(state, index, float(losses[index]), self.preset)
             keep = (~finished).nonzero()[:, 0]
             facts, state = self._refill([facts[index] for index in keep.tolist()], state.take(keep))
 
+    def _advance(self, facts: Sequence[_Fact], state: _State) -> tuple[Tensor, Tensor]:
+        """Steps until a fact is finished or takes more contexts: the losses [n] and which are finished [n]."""
+        batch = self._batch(facts, state.steps.tolist())
+        while True:
+            losses, gradient, top = self._evaluate(state, batch)
+            done = losses < self.preset.stop_loss
+            if self.preset.stop_top:
+                done |= top
+            finished = done & (state.steps > self.preset.early_steps) | ~losses.isfinite()
+            finished |= state.steps >= self.preset.steps
+            state.update(gradient, self.preset, ~finished)
+            if finished.any() or (state.steps == self.preset.early_steps).any():
+                return losses, finished
+
     def _refill(self, facts: list[_Fact], state: _State) -> tuple[list[_Fact], _State]:
-        """Let facts of the queue in where half of the token budget is free."""
-        budget, load = self.preset.token_budget, sum(fact.tokens for fact in facts)
+        """Let facts in where half of the token budget is free: first those that had to wait, then the queue's."""
+        load = sum(fact.tokens for fact in facts)
+        if load > self.budget // 2:
+            return facts, state
+        while self.waiting and (not load or load + self.waiting[-1][0].tokens <= self.budget):
+            fact, held = self.waiting.pop()
+            facts, state, load = [*facts, fact], state.join(held), load + fact.tokens
         fresh: list[_Fact] = []
-        if load <= budget // 2:
-            while self.queue and (not load or load + self.queue[-1].tokens <= budget):
-                fresh.append(self.queue.pop())
-                load += fresh[-1].tokens
+        while self.queue and (not load or load + self.queue[-1].tokens <= self.budget):
+            fresh.append(self.queue.pop())
+            load += fresh[-1].tokens
         if not fresh:
             return facts, state
-        rows = [row for fact in fresh for row in fact.all_rows]
-        read_rows(self.layers, rows, self.beginnings, self.top, budget)
+        self._read([row for fact in fresh for row in fact.all_rows])
         h = torch.stack([fact.bare.states[0] for fact in fresh]).to(self.dtype)
         return facts + fresh, state.join(_State.begin(h, state.essence.shape[1]))
 
-    def _batch(self, facts: Sequence[_Fact]) -> _Batch:
-        owned = [(owner, row) for owner, fact in enumerate(facts) for row in fact.all_rows]
+    def _read(self, rows: Sequence[Row]) -> None:
+        while True:
+            try:
+                return read_rows(self.layers, rows, self.beginnings, self.top, self.budget)
+            except torch.OutOfMemoryError as error:
+                if self.budget < min(row.end for row in rows):
+                    raise _no_room(None) from error
+                self._halve()
+
+    def _part(self, facts: list[_Fact], state: _State) -> tuple[list[_Fact], _State]:
+        """The facts that fit into half of the token budget; the others wait, with what they have reached."""
+        self._halve()
+        loads = list(accumulate(fact.tokens for fact in facts))
+        count = max(1, min(len(facts) - 1, sum(load <= self.budget for load in loads)))
+        every = torch.arange(len(facts), device=state.h.device)
+        self.waiting += [(facts[index], state.take(every[index : index + 1])) for index in range(count, len(facts))]
+        return facts[:count], state.take(every[:count])
+
+    def _halve(self) -> None:
+        """Half of the token budget from now on."""
+        self.budget //= 2
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("token_budget_halved", token_budget=self.budget)
+
+    def _batch(self, facts: Sequence[_Fact], steps: Sequence[int]) -> _Batch:
+        counts = [self.preset.contexts_at(step + 1, len(self.contexts)) for step in steps]
+        owned = [
+            (owner, row)
+            for owner, (fact, count) in enumerate(zip(facts, counts, strict=True))
+            for row in fact.rows_of(count)
+        ]
         owned.sort(key=lambda pair: -pair[1].suffix)
         rows = [row for _, row in owned]
         past = Past.gather([row.past for row in rows], self.top)
@@ -245,7 +308,12 @@ class _Search:
             if row.group == len(self.contexts)
         ]
         places = [
-            (start + at - 1 - row.tokens.lookup, owner, row.tokens.ids[at], len(row.tokens.ids) - row.tokens.prompt)
+            (
+                start + at - 1 - row.tokens.lookup,
+                owner,
+                row.tokens.ids[at],
+                counts[owner] * (len(row.tokens.ids) - row.tokens.prompt),
+            )
             for start, (owner, row) in zip(packed.starts, owned, strict=True)
             if row.group < len(self.contexts)
             for at in range(row.tokens.prompt, len(row.tokens.ids))
@@ -260,7 +328,7 @@ class _Search:
             places=place,
             places_owner=place_owner,
             expected=expected,
-            share=1 / (count.to(self.dtype) * len(self.contexts)),
+            share=1 / count.to(self.dtype),
             essence=token,
             essence_owner=essence_owner,
         )
@@ -269,37 +337,52 @@ class _Search:
         """Tuples of `width` whole numbers as a tensor [width, len(values)]."""
         return torch.tensor(values, dtype=torch.long, device=self.base.device).reshape(-1, width).T
 
-    def _evaluate(self, state: _State, batch: _Batch) -> tuple[Tensor, Tensor]:
-        """The losses [n] and their gradient by δ [n, d]; zeros where no fact will take another step."""
-        state.steps = state.steps + 1
-        more = bool((state.steps < self.preset.steps).any())
+    def _evaluate(self, state: _State, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses [n], their gradient by δ [n, d] (zeros where no fact will take another step), and whether each
+        object is the most probable one in all contexts [n]."""
+        steps = state.steps + 1
+        more = bool((steps < self.preset.steps).any())
         with torch.set_grad_enabled(more):
             delta = state.delta.detach().requires_grad_(more)
-            losses = self._losses(batch, delta, state)
-        gradient = torch.autograd.grad(losses.sum(), delta)[0] if more else torch.zeros_like(delta)
-        return losses.detach(), gradient
+            edited = (batch.states[batch.lookup].to(self.dtype) + delta[batch.owner]).to(batch.states.dtype)
+            hidden = batch.states.index_copy(0, batch.lookup, edited)  # [N, d]
+            hidden = self.layers.run(hidden, range(self.top, self.base.layers), batch.packed)
+            decay = self.preset.weight_decay * delta.norm(dim=1) / state.h.norm(dim=1) ** 2
+        losses, slope, top = self._objective(state, batch, hidden.detach(), steps)
+        gradient = torch.zeros_like(delta)
+        if more:
+            gradient = torch.autograd.grad((hidden, decay), delta, (slope, torch.ones_like(decay)))[0]
+        state.steps = steps
+        return losses + decay.detach(), gradient, top
 
-    def _losses(self, batch: _Batch, delta: Tensor, state: _State) -> Tensor:
-        """The loss of each fact, [n]."""
-        edited = (batch.states[batch.lookup].to(self.dtype) + delta[batch.owner]).to(batch.states.dtype)
-        hidden = batch.states.index_copy(0, batch.lookup, edited)  # [N, d]
-        hidden = self.layers.run(hidden, range(self.top, self.base.layers), batch.packed)
-        log_probs = self.layers.logits(hidden[torch.cat((batch.places, batch.essence))]).log_softmax(dim=1)
-        predicted, essence = log_probs[: len(batch.places)], log_probs[len(batch.places) :]
-        missing = -predicted.gather(1, batch.expected[:, None])[:, 0] * batch.share
-        losses: Tensor = self.preset.weight_decay * delta.norm(dim=1) / state.h.norm(dim=1) ** 2
-        losses = losses.index_add(0, batch.places_owner, missing)
-        if not len(essence):
-            return losses
-        fresh = state.steps[batch.essence_owner] == 1
-        state.essence[batch.essence_owner[fresh]] = essence[fresh].detach()
-        before = state.essence[batch.essence_owner]
-        kl = functional.kl_div(before, essence, reduction="none", log_target=True).sum(dim=1)
-        return losses.index_add(0, batch.essence_owner, self.preset.kl_weight * kl)
+    def _objective(self, state: _State, batch: _Batch, hidden: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of last states `hidden` [N, d]: the losses without weight decay [n], the gradient [N, d] of their sum, and
+        whether all of an object's tokens are the most probable ones [n]."""
+        more = bool((steps < self.preset.steps).any())
+        missing, slope, top = missing_tokens(
+            self.layers, hidden[batch.places], batch.expected, batch.share, gradient=more
+        )
+        gradient = torch.zeros_like(hidden).index_add_(0, batch.places, slope)
+        losses = torch.zeros_like(state.h[:, 0]).index_add_(0, batch.places_owner, missing.to(self.dtype))
+        short = torch.zeros_like(steps).index_add_(0, batch.places_owner, (~top).long())
+        if len(batch.essence):
+            before = state.essence[batch.essence_owner]
+            fresh = steps[batch.essence_owner] == 1
+            divergence, slope = divergence_from(self.layers, hidden[batch.essence], before, fresh, gradient=more)
+            state.essence[batch.essence_owner] = before
+            losses.index_add_(0, batch.essence_owner, self.preset.kl_weight * divergence.to(self.dtype))
+            gradient.index_add_(0, batch.essence, self.preset.kl_weight * slope)
+        return losses, gradient, short == 0
 
 
-def _target(state: _State, index: int, fact: _Fact, loss: float) -> Target:
+def _target(state: _State, index: int, loss: float, preset: Preset) -> Target:
     z = (state.h[index] + state.delta[index]).cpu()
-    if not (math.isfinite(loss) and z.isfinite().all()):
-        raise EditError(f"{fact.request.prompt!r}: the loss is not finite", hint="kbsync verify")
-    return Target(z=z, loss=loss, steps=int(state.steps[index]), clamped=bool(state.clamped[index]))
+    clamped = bool(state.clamped[index])
+    finite = math.isfinite(loss) and bool(z.isfinite().all())
+    diverged = not finite or (clamped and loss > preset.diverged_loss)
+    return Target(z=z, loss=loss, steps=int(state.steps[index]), clamped=clamped, diverged=diverged)
+
+
+def _no_room(request: EditRequest | None) -> EditError:
+    what = f"{request.prompt!r}" if request else "a fact"
+    return EditError(f"out of memory: not even {what} alone fits", hint="kbsync doctor shows what takes the memory")
