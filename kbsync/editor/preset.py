@@ -9,6 +9,7 @@ preset is refused. Torch-free. Source of the settings: Meng et al. 2022, arXiv 2
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -92,7 +93,7 @@ class Preset(BaseModel):
 
     def rate_at(self, step: int) -> float:
         """Adam's learning rate of the update after loss `step`, counted from 1."""
-        return self.rate * float(self.rate_decay) ** ((step - 1) / max(1, self.steps - 2))
+        return self.rate * math.pow(self.rate_decay, (step - 1) / max(1, self.steps - 2))
 
     def contexts_at(self, step: int, contexts: int) -> int:
         """On how many of so many contexts loss `step`, counted from 1, is computed."""
@@ -100,7 +101,7 @@ class Preset(BaseModel):
 
     def weight_at(self, facts: int) -> float:
         """λ for weights that hold so many facts."""
-        return self.covariance_weight * float(max(1.0, facts / GROWTH_FACTS) ** self.covariance_growth)
+        return self.covariance_weight * math.pow(max(1.0, facts / GROWTH_FACTS), self.covariance_growth)
 
     @property
     def target_digest(self) -> str:
