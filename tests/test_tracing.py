@@ -15,7 +15,7 @@ from kbsync.editor.known import KnownFact
 from kbsync.editor.model import Base
 from kbsync.editor.tracing import KINDS, SITES, FactTrace, Kind, Settings, Tracer, subject_deviation, window
 from kbsync.errors import EditError
-from tests.tiny import tiny_gpt2, tiny_llama
+from tests.tiny import VARIANTS, tiny, tiny_gpt2, tiny_llama
 
 FACTS = [
     KnownFact("Betelgeuse", "Betelgeuse belongs to the constellation of", "Orion", "constellation"),
@@ -25,7 +25,9 @@ FACTS = [
 """The subject first and in the middle, of one token and of many."""
 SETTINGS = Settings(samples=3, seed=5)
 SIGMA = 0.4
-ATTENTION = {"llama": "self_attn", "gpt2": "attn"}
+ATTENTION = {"gpt2": "attn", "gptj": "attn", "gpt_neox": "attention"}
+MLP = {"opt": "fc2"}
+"""How families name what others call self_attn and mlp."""
 
 Change = Callable[[Tensor], Tensor]
 
@@ -66,8 +68,8 @@ class Oracle:
         block = self.base.layer(layer)
         return {
             "state": block,
-            "mlp": block.get_submodule("mlp"),
-            "attention": block.get_submodule(ATTENTION[self.base.spec.family]),
+            "mlp": block.get_submodule(MLP.get(self.base.spec.family, "mlp")),
+            "attention": block.get_submodule(ATTENTION.get(self.base.spec.family, "self_attn")),
         }
 
     def run(self, *, noisy: bool, changes: dict[tuple[str, int], Change] | None = None) -> dict[Any, Tensor]:
@@ -99,9 +101,9 @@ class Oracle:
 
     def put(self, source: dict[Any, Tensor], name: str, layer: int, token: int) -> Change:
         def change(output: Tensor) -> Tensor:
-            output = output.clone()
-            output[:, token] = source[name, layer][:, token]
-            return output
+            rows = output.reshape(*self.ids.shape, -1).clone()  # OPT's MLP sees all rows as one
+            rows[:, token] = source[name, layer].reshape(rows.shape)[:, token]
+            return rows.view_as(output)
 
         return change
 
@@ -122,20 +124,36 @@ class Oracle:
         return float(gained)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_restoration_is_that_of_a_whole_run(variant: str) -> None:
+    """State, windows and severed variants at both sites and all layers, in float64, in every family."""
+    compare(tiny(variant, dtype=torch.float64), FACTS[1])
+
+
 @pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.subject)
 @pytest.mark.parametrize(("make", "bos"), [(tiny_llama, False), (tiny_gpt2, True)])
-def test_every_restoration_is_that_of_a_whole_run(make: Callable[..., Base], bos: bool, fact: KnownFact) -> None:
-    """State, windows and severed variants at both sites and all layers, in float64."""
-    base = make(dtype=torch.float64, bos=bos)
+def test_wherever_the_subject_stands(make: Callable[..., Base], bos: bool, fact: KnownFact) -> None:
+    compare(make(dtype=torch.float64, bos=bos), fact)
+
+
+def test_on_each_device(device: str) -> None:
+    """In float32 the same within rounding."""
+    reference = Tracer(tiny_llama(), SIGMA, SETTINGS).trace(FACTS[0])
+    found = Tracer(tiny_llama(device=device), SIGMA, SETTINGS).trace(FACTS[0])
+    assert torch.allclose(found.effects["last_subject"]["mlp"], reference.effects["last_subject"]["mlp"], atol=1e-5)
+
+
+def compare(base: Base, fact: KnownFact) -> None:
+    """All that `Tracer.trace` gives against the oracle."""
     oracle = Oracle(base, fact, SETTINGS)
     found = Tracer(base, SIGMA, SETTINGS).trace(fact)
-    assert found.clean == pytest.approx(float(oracle.clean["answer"]), abs=1e-12)
-    assert found.corrupted == pytest.approx(float(oracle.corrupted["answer"]), abs=1e-12)
+    assert found.clean == pytest.approx(float(oracle.clean["answer"]), abs=1e-10)
+    assert found.corrupted == pytest.approx(float(oracle.corrupted["answer"]), abs=1e-10)
     tokens = {"last_subject": oracle.subject[-1], "last_token": oracle.ids.shape[1] - 1}
     for site, kinds in SITES.items():
         for kind in kinds:
             expected = [oracle.effect(kind, layer, tokens[site]) for layer in range(base.layers)]
-            assert found.effects[site][kind].tolist() == pytest.approx(expected, abs=1e-12), (site, kind)
+            assert found.effects[site][kind].tolist() == pytest.approx(expected, abs=1e-10), (site, kind)
 
 
 def test_the_grid_is_that_of_whole_runs() -> None:

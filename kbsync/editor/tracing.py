@@ -179,7 +179,7 @@ class Tracer:
         ):
             hidden = self.layers.embed(text.ids * rows, packed)
         blocks = [self.base.layer(layer) for layer in range(self.base.layers)]
-        with _outputs(blocks) as states, _outputs(self.mlps) as mlps, _outputs(self.attentions) as attentions:
+        with self._kept(blocks) as states, self._kept(self.mlps) as mlps, self._kept(self.attentions) as attentions:
             last, keys = self.layers.read(hidden, range(self.base.layers), packed)
         answer = _probability(self.layers, last[at[:, -1]], text.answer)
 
@@ -193,6 +193,19 @@ class Tracer:
             outputs={"mlp": apart(mlps), "attention": apart(attentions)},
             keys=keys.unflatten(2, (rows, length)),
         )
+
+    @contextmanager
+    def _kept(self, modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+        """What the modules compute while the context lasts, [N, d] call by call."""
+        seen: list[Tensor] = []
+
+        def keep(_module: nn.Module, _arguments: object, output: Any) -> None:
+            seen.append(_first(output).flatten(0, -2).to(self.base.device))
+
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.callback(module.register_forward_hook(keep).remove)
+            yield seen
 
     @torch.no_grad()
     def _effects(self, record: _Record, token: int, kinds: Sequence[Kind]) -> dict[Kind, Tensor]:
@@ -330,17 +343,6 @@ def _first(output: Any) -> Tensor:
     """What a module computes, without what it says beside it."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
-
-
-@contextmanager
-def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What the modules compute while the context lasts, [N, d] call by call."""
-    seen: list[Tensor] = []
-    with ExitStack() as hooks:
-        for module in modules:
-            handle = module.register_forward_hook(lambda _, __, output: seen.append(_first(output).flatten(0, -2)))
-            hooks.callback(handle.remove)
-        yield seen
 
 
 @contextmanager
