@@ -130,6 +130,7 @@ def test_calibrate_writes_a_preset_that_can_be_used(
         (("--rungs", "1,2", "--layers", "3,2"), "layers"),
         (("--rungs", "1,2", "--layers", "first"), "layers"),
         (("--out", "mine.json"), "ends in .yaml"),
+        (("--rungs", "1,2", "--dtype", "int8"), "--dtype int8 is not known"),
     ],
 )
 def test_calibrate_refuses_what_cannot_be_meant(

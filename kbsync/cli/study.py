@@ -28,6 +28,7 @@ Model = Annotated[str, typer.Argument(help="An embedded model, a folder of safet
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16, float16.")]
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 RUNGS = "8,24,72"
 TRACED, TRACED_SAMPLES = 40, 4
 """Facts and noise samples of the trace that a calibration makes itself: facts differ more than samples of one fact."""
@@ -221,10 +222,13 @@ def _show_search(result: dict[str, Any]) -> None:
 
 
 def _load(name: str, device: str, dtype: str) -> tuple[str, Base]:
-    """The pristine model and what it is called."""
+    """The pristine model and what it is called. Raises UsageError for an unknown dtype."""
     from kbsync.editor.model import load_base
+    from kbsync.errors import UsageError
     from kbsync.hub import fingerprint, resolve_model
 
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is not known", hint=f"one of {', '.join(DTYPES)}")
     folder = resolve_model(name)
     return folder.name, load_base(folder.path, fingerprint=fingerprint(folder.path), device=device, dtype=dtype)
 
