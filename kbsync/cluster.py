@@ -51,7 +51,7 @@ def actors(settings: ExecutorSettings, job: ReplicaJob) -> Callable[[int], Worke
             hint="lower executor.workers",
         )
     options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": 0, "max_restarts": 0, "max_task_retries": 0}
-    if device == "cuda":
+    if device != "cpu":
         options |= {"num_cpus": 1, "num_gpus": settings.gpus}
     job = job.model_copy(update={"device": device, "threads": cpus if device == "cpu" else None})
     return lambda _slot: _Actor(ray, options, job)

@@ -53,7 +53,7 @@ OFFLINE_EXAMPLES = (
 FIRST_CONFIG = """\
 # What this workspace keeps fresh. `kbsync check` reads it, `kbsync plan` says what it would do.
 model: smollm2-135m    # an embedded model, a local folder or a Hugging Face id
-device: auto           # auto | cpu | cuda | cuda:1
+device: auto           # auto | cpu | cuda | cuda:1 | balanced
 """
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", re.IGNORECASE)
@@ -134,7 +134,7 @@ class Settings(BaseSettings):
 
     model: Annotated[str, Field(min_length=1)]
     """An embedded model's name (smollm2-135m), a local folder or a Hugging Face id."""
-    device: Annotated[str, _like(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:N")] = "auto"
+    device: Annotated[str, _like(r"auto|balanced|cpu|cuda(:\d+)?", "auto, balanced, cpu, cuda or cuda:N")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: as the checkpoint is stored."""
     preset: str | None = None

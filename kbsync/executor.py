@@ -87,11 +87,11 @@ def open_executor(settings: ExecutorSettings, base: Base, job: ReplicaJob) -> Ex
 
 
 def placed(device: str, there: int, settings: ExecutorSettings) -> str:
-    """`cpu` or `cuda`: where replicas run, whose `device` is a job's, when `there` GPUs are there for all of them.
+    """`cpu`, `cuda` or `balanced`: where the replicas of a job for `device` run, with `there` GPUs for all of them.
 
     Raises UsageError where `device` asks for more: better at once than a worker that waits for ever.
     """
-    if device == "cpu" or (device == "auto" and not there):
+    if device == "cpu" or (device in ("auto", "balanced") and not there):
         return "cpu"
     if ":" in device:
         raise UsageError(f"device {device} is one GPU, and each worker needs its own", hint="set `device: cuda`")
@@ -100,7 +100,7 @@ def placed(device: str, there: int, settings: ExecutorSettings) -> str:
             f"device {device}: {settings.workers} workers need {wanted} GPUs, and there are {there}",
             hint="lower executor.workers, or set `device: cpu`",
         )
-    return "cuda"
+    return device if device == "balanced" else "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +306,7 @@ def _processes(settings: ExecutorSettings, job: ReplicaJob) -> Callable[[int], W
     job = job.model_copy(update={"device": device, "threads": threads})
 
     def start(slot: int) -> Worker:
-        own = gpus[slot * settings.gpus : (slot + 1) * settings.gpus] if device == "cuda" else []
+        own = gpus[slot * settings.gpus : (slot + 1) * settings.gpus] if device != "cpu" else []
         return _Process(job, {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ",".join(own)})
 
     return start

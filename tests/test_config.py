@@ -57,7 +57,7 @@ def test_a_folder_without_kbsync_yaml_is_no_workspace(tmp_path: Path) -> None:
     [
         ("device: cpu\n", 0, "model", "is missing"),
         ("model: ''\n", 1, "model", "at least 1 character"),
-        ("model: m\ndevice: tpu\n", 2, "device", "must be auto, cpu, cuda or cuda:N"),
+        ("model: m\ndevice: tpu\n", 2, "device", "must be auto, balanced, cpu, cuda or cuda:N"),
         ("model: m\ndevise: cpu\n", 2, "devise", "not a known key"),
         ("model: m\n_env_file: other\n", 2, "_env_file", "not a known key"),
         ("model: m\ndtype: int8\n", 2, "dtype", "'float32'"),

@@ -298,6 +298,7 @@ def test_replicas_are_placed_by_device_and_gpus() -> None:
     assert placed("auto", 0, settings("process")) == "cpu"
     assert placed("cpu", 8, settings("process")) == "cpu"
     assert placed("auto", 4, settings("ray", gpus=2)) == "cuda"
+    assert placed("balanced", 4, settings("ray", gpus=2)) == "balanced"
     with pytest.raises(UsageError, match="need 4 GPUs, and there are 3"):
         placed("auto", 3, settings("ray", gpus=2))
     with pytest.raises(UsageError, match="device cuda:1 is one GPU"):

@@ -79,6 +79,7 @@ def insert(
         for done, (layer, name) in enumerate(zip(preset.layers, names, strict=True)):
             texts.advance(layer)
             K, h = texts.read(preset.layers[-1])  # [f, n], [d, n]
+            K = K.to(base.weight(name).device)  # the solve runs where the matrix is
             earlier = protected[name].to(K).T if protected and name in protected else None  # [f, m]
             weight = preset.weight_at(len(requests) + (0 if earlier is None else earlier.shape[1]))
             system = _system(base, statistics, name, preset.null_space)
@@ -107,10 +108,11 @@ def _require(
 
 def _system(base: Base, statistics: Statistics, name: str, null_space: float | None) -> Normal | NullSpace:
     """The system of a matrix, with its factor kept beside the statistics that it belongs to."""
-    key = (name, str(base.device), null_space)
+    device = base.weight(name).device
+    key = (name, str(device), null_space)
     if key not in statistics.factors:
         C = statistics.covariance[name].double()
-        new = Normal(C, base.device) if null_space is None else NullSpace(C, base.device, null_space)
+        new = Normal(C, device) if null_space is None else NullSpace(C, device, null_space)
         statistics.factors[key] = new
     found: Normal | NullSpace = statistics.factors[key]
     return found
@@ -127,9 +129,10 @@ def _factors(base: Base, R: Tensor, U: Tensor, K: Tensor) -> Factors:
 
 def _put(base: Base, name: str, exact: Tensor, factors: Factors) -> float:
     """Put W + Δ into the network as it will be served. The answer: ‖cast(W + Δ) - W - Δ‖ / ‖Δ‖."""
-    left, right = (matrix.to(base.device, torch.float64) for matrix in (factors.left, factors.right))
+    device = base.weight(name).device
+    left, right = (matrix.to(device, torch.float64) for matrix in (factors.left, factors.right))
     change = left @ right
-    wanted = exact.to(base.device, torch.float64) + change
+    wanted = exact.to(device, torch.float64) + change
     base.set_weight(name, served(wanted, base.dtype))
     size = float(change.norm())
     return float((base.weight(name).double() - wanted).norm()) / size if size else 0.0
@@ -210,7 +213,7 @@ class _Texts:
             with inputs_of(base.module(base.spec.down_name(self.at))) as seen:
                 after = self.layers.run(batch.hidden, range(self.at, self.at + 1), packed)
             group, column = torch.tensor(batch.rows, device=base.device).T
-            K.index_add_(0, column, seen[0][0, batch.last].double() * self.weights[group, None])
+            K.index_add_(0, column, seen[0][0].to(base.device)[batch.last].double() * self.weights[group, None])
             bare = replace(batch, hidden=after).only(self.bare)
             if bare.rows:
                 states = self.layers.run(bare.hidden, range(self.at + 1, top + 1), self._packed(bare, past))

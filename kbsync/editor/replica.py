@@ -39,8 +39,9 @@ def open_base(job: ModelJob) -> Base:
     """The model of a job, loaded with the job's limit on GPU memory. Raises ModelError as `load_base` does."""
     base = load_base(Path(job.model_path), fingerprint=job.fingerprint, device=job.device, dtype=job.dtype)
     if job.max_gpu_memory is not None and base.device.type == "cuda":
-        total = torch.cuda.get_device_properties(base.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.max_gpu_memory / total), base.device)
+        for gpu in {parameter.device for parameter in base.network.parameters()}:
+            total = torch.cuda.get_device_properties(gpu).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, job.max_gpu_memory / total), gpu)
     return base
 
 

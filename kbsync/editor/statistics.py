@@ -108,7 +108,8 @@ def collect(
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right-padded: causal attention never sees it
         counted = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows]).unsqueeze(1)  # [b, t]
         odd = (torch.tensor(indices) % 2 == 1).unsqueeze(1)
-        for name, keys in _keys(base, modules, ids.to(base.device)):
+        for name, found in _keys(base, modules, ids.to(base.device)):
+            keys = found.view(*ids.shape, -1)  # OPT calls it with the tokens of all rows as one
             moments[name].add(keys[counted & odd], keys[counted & ~odd])
         done += int(counted.sum())
         progress("statistics", done, total)
