@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kbsync.editor.statistics import Statistics
     from kbsync.facts import EditRequest
 
-__all__ = ["Subject", "edit", "evaluate", "open_model", "open_version", "read_dataset"]
+__all__ = ["Subject", "edit", "evaluate", "open_model", "open_version", "read_dataset", "watch"]
 
 
 @dataclass(slots=True)
@@ -141,6 +141,14 @@ def edit(
         "norms": _norms(base, masters),
         "edit_seconds": round(seconds, 2),
     }
+
+
+def watch(subject: Subject, text: Path) -> None:
+    """Measure drift on the first 8,192 tokens of a text file too. Raises UsageError where there is no text to read."""
+    from kbsync.bench.lab import TEXT_TOKENS
+    from kbsync.editor.drift import windows
+
+    subject.texts = [*subject.texts, windows(subject.base, text, tokens=TEXT_TOKENS)]
 
 
 def evaluate(

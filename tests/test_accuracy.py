@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kbsync.editor.accuracy import score_facts, score_zsre
+from kbsync.editor.accuracy import score_chat, score_facts, score_zsre
 from kbsync.editor.answers import answers, log_probabilities
 from kbsync.editor.datasets import ZsreRecord, load_zsre
 from kbsync.editor.model import Base
@@ -80,17 +80,20 @@ def test_facts_are_measured_on_their_own_prompts_and_paraphrases() -> None:
     assert found["accuracy"] == [1.0, 0.0]
     assert found["paraphrase"][0] == found["paraphrase_accuracy"][0] == 1.0
     assert math.isnan(found["paraphrase"][1])
-    assert "chat_accuracy" not in found
 
 
 def test_in_a_chat_the_assistants_turn_begins_with_the_prompt() -> None:
     base = tiny_llama()
     base.tokenizer.chat_template = CHAT
     requests = [asked(prompt, answers(base, [prompt], tokens=1)[0].text) for prompt in PROMPTS]
-    found = score_facts(base, requests)
+    found = score_chat(base, requests)
     turn = "Please complete this sentence. I think: "
     pairs = [(turn + request.prompt, request.target) for request in requests]
     assert found["chat_accuracy"] == [float(one.greedy) for one in log_probabilities(base, pairs)]
+
+
+def test_without_a_chat_template_nothing_is_measured_in_a_chat() -> None:
+    assert score_chat(tiny_llama(), [asked("Vega is in", "Orion")]) == {}
 
 
 def test_no_facts_have_no_numbers() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kbsync.editor.accuracy import score_facts, score_zsre
+from kbsync.editor.accuracy import score_chat, score_facts, score_zsre
 from kbsync.editor.assess import Dataset, Options, assess
 from kbsync.editor.datasets import CounterFactRecord, ZsreRecord
 from kbsync.editor.drift import Gauge, HeldOut
@@ -85,6 +85,14 @@ def test_questions_and_facts_have_metrics_of_their_own() -> None:
     assert found.before == score_zsre(base, questions)
     assert found.summary()["before"].keys() == {"efficacy", "paraphrase", "specificity", "accuracy", "score"}
     assert str(assess(base, Dataset("facts", FACTS, 5)).before) == str(score_facts(base, FACTS))  # nan in both
+
+
+def test_a_chat_model_is_asked_in_a_chat_too() -> None:
+    base, data = tiny_llama(), records()
+    base.tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}I think: "
+    found = assess(base, Dataset("counterfact", data, 6)).before
+    assert found["chat_accuracy"] == score_chat(base, [one.request for one in data])["chat_accuracy"]
+    assert found.keys() == {*columns([]), "chat_accuracy"}
 
 
 def test_drift_is_that_of_the_edited_weights() -> None:

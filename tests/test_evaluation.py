@@ -179,11 +179,12 @@ def test_the_table_shows_metrics_relations_and_protocol(folder: Path, capsys: py
     model, preset = tiny_model(folder)
     data = f"counterfact:{tiny_dataset(folder)}"
     options = ("--model", str(model), "--preset", str(preset), "--dataset", data, "--limit", "4", "--edit")
-    assert run(*options, "--plot", str(folder / "figure")) == 0
+    (folder / "text.txt").write_text("The people of the city went home, because it was late. " * 60)
+    assert run(*options, "--plot", str(folder / "figure"), "--text", str(folder / "text.txt")) == 0
     said = capsys.readouterr().out
     for text in ("4 edited by memit", "score (S)", "neighborhood (NS)", "difference", "by relation, after", "P1"):
         assert text in said
-    for text in ("perplexity (holdout)", "KL to the base (holdout)", "mean log-probability", "tokens read in"):
+    for text in ("perplexity (holdout)", "KL to the base (text.txt)", "mean log-probability", "tokens read in"):
         assert text in said
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "figure.svg").read_text()

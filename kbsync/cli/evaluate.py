@@ -52,6 +52,7 @@ def evaluate(
     preset: Annotated[str | None, typer.Option(help="With --model: a preset or a YAML file.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Also let it write texts: GE, RS (minutes).")] = False,
     references: Annotated[Path | None, typer.Option(help="CounterFact's attribute_snippets.json, for RS.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Measure drift on this text too, beside the held-out one.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the texts and of the intervals.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the result there, as PNG and SVG.")] = None,
     root: Root = Path(),
@@ -61,7 +62,7 @@ def evaluate(
     from kbsync.editor.assess import Dataset, Options
     from kbsync.evaluation import edit as insert
     from kbsync.evaluation import evaluate as measure
-    from kbsync.evaluation import read_dataset
+    from kbsync.evaluation import read_dataset, watch
 
     if edit and not dataset:
         raise UsageError("--edit needs records to edit", hint="--dataset counterfact:FILE, zsre:FILE or csv:FILE")
@@ -73,6 +74,8 @@ def evaluate(
             raise UsageError("there are no facts to measure", hint="kbsync sync, or --dataset kind:FILE")
         if edit:
             insert(subject, chosen.requests, method=method, progress=progress)
+        if text is not None:
+            watch(subject, text)
         options = Options(write=generate or references is not None, seed=seed)
         result = {"dataset": dataset} | measure(subject, chosen, options=options, progress=progress)
     _show(result, plot, as_json)

@@ -6,7 +6,7 @@ one, each after the prompt and the tokens before it. It flatters long objects, s
 stands beside it: the greedy continuation of the prompt starts with all of the object, which is what the probe asks.
 
     intervals(score_zsre(base, load_zsre(path)), harmonic=ZSRE_HARMONIC)["score"]
-    intervals(score_facts(base, requests))["accuracy"]
+    intervals(score_facts(base, requests))["accuracy"], intervals(score_chat(base, requests))["chat_accuracy"]
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from kbsync.editor.contexts import chat_context
 from kbsync.editor.datasets import ZsreRecord
 from kbsync.editor.intervals import Run
 from kbsync.editor.model import Base
+from kbsync.editor.tokens import BARE
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress, silent
 
-__all__ = ["ZSRE_HARMONIC", "score_facts", "score_zsre"]
+__all__ = ["ZSRE_HARMONIC", "score_chat", "score_facts", "score_zsre"]
 
 ZSRE_HARMONIC = ("efficacy", "paraphrase", "specificity")
 """What zsRE's score is the harmonic mean of."""
@@ -50,23 +51,28 @@ def score_zsre(base: Base, records: Sequence[ZsreRecord], *, progress: Progress 
 
 def score_facts(base: Base, requests: Sequence[EditRequest], *, progress: Progress = silent) -> Run:
     """Of each fact: argmax accuracy on its prompt (`efficacy`) and its paraphrases (`paraphrase`), whole-object
-    `accuracy` and `paraphrase_accuracy`, and, for a model with a chat template, whole-object accuracy where the
-    assistant's turn begins with the prompt (`chat_accuracy`).
-
-    Raises EditError where `log_probabilities` does.
+    `accuracy` and `paraphrase_accuracy`. Raises EditError where `log_probabilities` does.
     """
     asked = [(request.prompt, request.target) for request in requests]
     rephrased = [[(text, request.target) for text in request.paraphrases] for request in requests]
-    context = chat_context(base) if base.tokenizer.chat_template else None
-    chat = [(context.replace("{}", prompt), target) for prompt, target in asked] if context else []
-    scored = _scored(base, [*asked, *_flat(rephrased), *chat], progress)
-    found = {
+    scored = _scored(base, [*asked, *_flat(rephrased)], progress)
+    return {
         "efficacy": [scored[pair].accuracy for pair in asked],
         "paraphrase": [_mean([scored[pair].accuracy for pair in pairs]) for pairs in rephrased],
         "accuracy": [float(scored[pair].greedy) for pair in asked],
         "paraphrase_accuracy": [_mean([float(scored[pair].greedy) for pair in pairs]) for pairs in rephrased],
     }
-    return found | ({"chat_accuracy": [float(scored[pair].greedy) for pair in chat]} if chat else {})
+
+
+def score_chat(base: Base, requests: Sequence[EditRequest], *, progress: Progress = silent) -> Run:
+    """Whole-object accuracy where the assistant's turn begins with the prompt (`chat_accuracy`); nothing for a model
+    without a chat template. Raises EditError where `log_probabilities` does."""
+    if not base.tokenizer.chat_template:
+        return {}
+    context = chat_context(base)
+    pairs = [(context.replace(BARE, request.prompt), request.target) for request in requests]
+    scored = _scored(base, pairs, progress)
+    return {"chat_accuracy": [float(scored[pair].greedy) for pair in pairs]}
 
 
 def _scored(base: Base, pairs: Sequence[Pair], progress: Progress) -> Mapping[Pair, Scored]:

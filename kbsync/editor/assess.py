@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from kbsync.editor.accuracy import ZSRE_HARMONIC, score_facts, score_zsre
+from kbsync.editor.accuracy import ZSRE_HARMONIC, score_chat, score_facts, score_zsre
 from kbsync.editor.datasets import CounterFactRecord, ZsreRecord
 from kbsync.editor.drift import Drift, Gauge, HeldOut
 from kbsync.editor.evaluate import HARMONIC, columns, score_records
@@ -147,14 +147,20 @@ def assess(
 
 def _measure(base: Base, dataset: Dataset, options: Options, progress: Progress) -> Run:
     records: Any = dataset.records
-    if dataset.protocol == "zsre":
+    run = dict(_own(base, dataset.protocol, records, progress))
+    run |= score_chat(base, dataset.requests, progress=progress)
+    if options.write and dataset.protocol == "counterfact":
+        run |= score_generation(base, records, seed=options.seed, progress=progress)
+    return run
+
+
+def _own(base: Base, protocol: Protocol, records: Any, progress: Progress) -> Run:
+    """The metrics of the data set's own protocol."""
+    if protocol == "zsre":
         return score_zsre(base, records, progress=progress)
-    if dataset.protocol == "facts":
+    if protocol == "facts":
         return score_facts(base, records, progress=progress)
-    run = columns(score_records(base, records, progress=progress))
-    if not options.write:
-        return run
-    return {**run, **score_generation(base, records, seed=options.seed, progress=progress)}
+    return columns(score_records(base, records, progress=progress))
 
 
 @contextmanager
