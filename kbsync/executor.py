@@ -36,7 +36,9 @@ __all__ = ["Executor", "Pool", "Tally", "Worker", "WorkerLost", "open_executor",
 ATTEMPTS = 3
 """Workers that one fact may cost before it is given up."""
 ROUNDS = 4
-"""Chunks per worker: enough that none waits long for the last one, and large enough to pack well."""
+"""Most chunks per worker, unless they would be too large: enough that none waits long for the last one."""
+PACKED = 8
+"""Facts that are worth being computed together: fewer chunks where they would be smaller."""
 CHUNK = 256
 """Most facts in a chunk: what a lost worker can have in hand."""
 
@@ -256,7 +258,8 @@ class _Crew:
 
 def _chunks(requests: Sequence[EditRequest], workers: int) -> list[Sequence[EditRequest]]:
     """The requests in their order, in equal chunks: what is computed together never depends on who is faster."""
-    size = min(CHUNK, -(-len(requests) // (workers * ROUNDS)))
+    rounds = min(max(1, len(requests) // (workers * PACKED)), ROUNDS)
+    size = min(CHUNK, -(-len(requests) // (workers * rounds)))
     return [requests[start : start + size] for start in range(0, len(requests), size)]
 
 

@@ -32,7 +32,7 @@ from tests.tiny import CONTEXTS, FACTS, request, save, tiny_llama, tiny_preset, 
 
 SUBJECTS = ("Vega", "Deneb", "Altair", "Sirius", "Rigel", "Capella", "Mira", "Algol")
 MANY = [*FACTS, *(request(f"{name} belongs to the constellation of", name, "Lyra") for name in SUBJECTS)]
-"""13 facts: two workers get chunks of two."""
+"""13 facts: chunks of seven and six for two workers."""
 
 
 @pytest.fixture(scope="module")
