@@ -57,6 +57,8 @@ _WINDOWED: tuple[Kind, ...] = ("mlp", "attention")
 
 _TOKENS = 16_384
 """Tokens in one sweep at the last layer: bounds memory and does not change the result."""
+_ROWS = 128
+"""Rows that are turned into logits at once: of a large vocabulary all of a sweep's would take gigabytes."""
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 """What transformers calls the attention inside a block."""
 _WINDOW, _WINDOW_SHARE = 10, 3
@@ -336,7 +338,11 @@ def _attention(base: Base, layer: int) -> nn.Module:
 
 def _probability(layers: Layers, hidden: Tensor, answer: int) -> Tensor:
     """The answer's probability [m] after last-block states [m, d], float64 on the CPU."""
-    return layers.logits(hidden).log_softmax(dim=1)[:, answer].exp().double().cpu()
+    found = []
+    for part in hidden.split(_ROWS):
+        logits = layers.logits(part)
+        found.append((logits[:, answer] - logits.logsumexp(dim=1)).exp().double().cpu())
+    return torch.cat(found)
 
 
 def _first(output: Any) -> Tensor:
