@@ -21,16 +21,20 @@ from kbsync.errors import EditError
 
 __all__ = ["Search", "Trials", "search"]
 
+DRIFT_TOKENS = 1000
+"""Tokens that drift is measured on: the same for all candidates, and there are dozens of them."""
+
 
 class Trials:
-    """Candidates on the same records, in their order; drift is measured on the text that the statistics kept apart.
+    """Candidates on the same records, in their order; drift is measured on 1,000 tokens of the text that the statistics
+    kept apart.
 
     Target vectors are kept by the laboratory, so a later, larger trial computes only those of its new facts.
     """
 
     def __init__(self, lab: Laboratory, records: Sequence[CounterFactRecord]) -> None:
         self.lab, self.records = lab, records
-        lab.watch(lab.held_out())
+        lab.watch([text.first(DRIFT_TOKENS) for text in lab.held_out()])
 
     def unedited(self, facts: int) -> CounterFactScores:
         """Scores of the first `facts` records before any edit."""
