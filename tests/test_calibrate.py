@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from kbsync.bench.lab import PRISTINE, Laboratory
 from kbsync.bench.trials import Trials, search
-from kbsync.editor import targets
 from kbsync.editor.calibrate import (
     Measurement,
     Trial,
@@ -28,6 +27,8 @@ from kbsync.editor.evaluate import CounterFactScores, evaluate_counterfact
 from kbsync.editor.intervals import Interval
 from kbsync.editor.model import weights_in
 from kbsync.editor.preset import Preset, load_preset
+from kbsync.editor.target_store import TargetStore
+from kbsync.editor.targets import Target
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest, FactKey
 from tests.tiny import tiny_llama, tiny_preset, tiny_statistics
@@ -146,14 +147,13 @@ def test_a_search_computes_each_target_once(tmp_path: Path, monkeypatch: pytest.
     """Neither another λ nor a larger rung computes again what is there."""
     lab = tiny_laboratory(tmp_path)
     computed: list[str] = []
-    original = targets._target
+    put = TargetStore.put
 
-    def counted(*arguments: object) -> object:
-        found = original(*arguments)  # type: ignore[arg-type]
-        computed.append(arguments[2].request.digest)  # type: ignore[attr-defined]
-        return found
+    def counted(store: TargetStore, request: EditRequest, target: Target) -> None:
+        computed.append(request.digest)
+        put(store, request, target)
 
-    monkeypatch.setattr(targets, "_target", counted)
+    monkeypatch.setattr(TargetStore, "put", counted)
     presets = [tiny_preset(steps=4, covariance_weight=weight) for weight in (0.3, 3.0, 30.0, 300.0)]
     found = search(Trials(lab, RECORDS), presets, (1, 3))
     assert sorted(computed) == sorted(record.request.digest for record in RECORDS)
