@@ -36,6 +36,7 @@ from kbsync.editor.job import ExecutorSettings
 from kbsync.editor.preset import Preset, load_preset
 from kbsync.errors import ConfigError, UsageError
 from kbsync.policy import Seconds
+from kbsync.strategy import Strategy
 
 __all__ = ["CONFIG", "EditWindow", "Settings", "StatisticsSettings", "Workspace", "examples", "time_zone"]
 
@@ -155,6 +156,8 @@ class Settings(BaseSettings):
     statistics: StatisticsSettings = StatisticsSettings()
     executor: ExecutorSettings = ExecutorSettings()
     """Who computes target vectors."""
+    strategy: Strategy = Strategy()
+    """How versions are made: on the live one, or anew from the base."""
 
     @field_validator("allowed_dirs", mode="before")
     @classmethod

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from kbsync.policy import Gate
+from kbsync.facts import EditRequest
+from kbsync.policy import Gate, Policy
 
-__all__ = ["shortfalls"]
+__all__ = ["shortfalls", "shortfalls_by_policy"]
 
 AT_LEAST = ("efficacy", "paraphrase")
 AT_MOST = ("specificity_drop", "drift")
@@ -27,4 +28,23 @@ def shortfalls(probe: Mapping[str, Any], gate: Gate) -> list[str]:
         value, limit = probe.get(name), getattr(gate, name)
         if value is not None and not value <= limit:
             reasons.append(f"{name} {value:.3f} is above {limit:g}")
+    return reasons
+
+
+def shortfalls_by_policy(
+    probe: Mapping[str, Any], requests: Collection[EditRequest], policies: Collection[Policy]
+) -> list[str]:
+    """The same for a version that mixes policies: each one's gate, on its own facts among `requests`."""
+    reasons = []
+    for policy in policies:
+        ours = {request.digest for request in requests if request.key.relation in policy.wording()}
+        facts = [fact for fact in probe["facts"] if fact["digest"] in ours]
+        if not facts:
+            continue
+        wordings = sum(fact["paraphrases"] for fact in facts)
+        own = {
+            "efficacy": sum(fact["efficacy"] for fact in facts) / len(facts),
+            "paraphrase": sum(fact["hits"] for fact in facts) / wordings if wordings else None,
+        }
+        reasons += [f"{policy.policy}: {reason}" for reason in shortfalls({**probe, **own}, policy.gate)]
     return reasons

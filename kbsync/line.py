@@ -12,62 +12,40 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any
 
 import structlog
 
 from kbsync.child import run_edit
 from kbsync.config import Workspace
-from kbsync.editor.job import ControlFile, EditJob, EditResult
+from kbsync.edit import Edit, Outcome, anew, columns, held_facts, new_facts, superseded
+from kbsync.editor.job import EditJob, EditResult
 from kbsync.editor.preset import Preset
 from kbsync.errors import Cancelled, StoreError
-from kbsync.facts import Applied, FactKey, Hold
-from kbsync.gate import shortfalls
+from kbsync.facts import Applied, EditRequest, FactKey, Hold, digest_of
 from kbsync.hub import ModelFolder
 from kbsync.ledger import Ledger, Reader
 from kbsync.ledger.records import PublishedVersion
-from kbsync.plan import PlannedEdit
-from kbsync.policy import Gate
+from kbsync.odometer import read_odometer
+from kbsync.plan import PlannedEdit, carried
 from kbsync.progress import Progress, silent
 from kbsync.serving import Versions
+from kbsync.strategy import Odometer, Strategy, rebase_due
 from kbsync.versions.manifest import ActiveDelta, Manifest, ManifestFact
 from kbsync.versions.store import VersionStore
 
-__all__ = ["Edit", "Line", "Outcome"]
+__all__ = ["Judge", "Line"]
 
-RETAINED_SAMPLE = 20
+RETAINED_SAMPLE = 40
 """Live facts of earlier versions that are probed again with every version: the same ones while they live."""
 HOOK_SECONDS = 600
 
+Judge = Callable[[Mapping[str, Any], Sequence[EditRequest]], Sequence[str]]
+"""Why a version with this probe report on these requests may not be published; empty: it may."""
+
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """What the next version is to hold: the live columns that stay, and the edits to add."""
-
-    kind: Literal["edit", "revert"]
-    run_id: int
-    keep: Mapping[FactKey, Applied]
-    edits: Sequence[PlannedEdit] = ()
-    skip_known: Collection[str] = ()
-    controls: Sequence[ControlFile] = ()
-    holds: Sequence[Hold] = ()
-    """Placed with the publication: what a revert must keep the next pass from putting back."""
-    releases: Collection[FactKey] = ()
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of an edit. `version` is None where nothing changed in the weights (all known, or all held)."""
-
-    result: EditResult
-    version: int | None
-    held: tuple[Hold, ...] = ()
-    rejected: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -85,6 +63,8 @@ class Line:
     progress: Progress = silent
     cancelled: threading.Event = field(default_factory=threading.Event)
     run_edit: Callable[..., EditResult] = run_edit
+    watched: Callable[[Reader], Sequence[EditRequest]] = lambda _db: ()
+    """The requests without an edit because the base answers them: each version is asked, too."""
 
     @classmethod
     def open(cls, workspace: Workspace, ledger: Ledger, *, user: str) -> Line:
@@ -104,30 +84,75 @@ class Line:
     @property
     def settings_digest(self) -> str:
         """sha256 of what a version depends on beside its facts: a rejected plan may be tried again once it changes."""
-        return self.preset.digest
+        return digest_of([self.preset.digest, self.strategy.model_dump(mode="json")])
 
-    def make(self, edit: Edit, gate: Gate | None) -> Outcome:
-        """Edit in a child process, put the probe report before the gate (None: all passes), publish.
+    @property
+    def strategy(self) -> Strategy:
+        """How versions of this model are made."""
+        return self.workspace.settings.strategy
+
+    def odometer(self) -> Odometer:
+        """How far HEAD is from the last rebase."""
+        with self.ledger.read() as db:
+            return read_odometer(db, self.store, self.model)
+
+    def rebase_due(self, leaving: Collection[FactKey]) -> str | None:
+        """Why the version that takes these keys' facts out of HEAD is to be a rebase; None: it is incremental."""
+        with self.ledger.read() as db:
+            held = len(db.applied(self.model, db.head(self.model)))
+        return rebase_due(self.strategy, self.odometer(), live=held, whole=self.stored_whole(leaving))
+
+    def stored_whole(self, leaving: Collection[FactKey]) -> bool:
+        """Whether a delta that one of these keys' facts would have to leave has no column per fact: its own, and those
+        inserted after it, which were solved for with it in place."""
+        with self.ledger.read() as db:
+            head = db.head(self.model)
+            applied, active = db.applied(self.model, head), db.active(self.model, head)
+        moving = {applied[key].delta for key in leaving if key in applied}
+        first = next((index for index, entry in enumerate(active) if entry.delta in moving), len(active))
+        return any(self.store.is_whole(entry.delta) for entry in active[first:])
+
+    def make(self, edit: Edit, judge: Judge | None) -> Outcome:
+        """Edit in a child process, put the probe report before the judge (None: all passes), publish.
 
         Raises Cancelled where HEAD moved meanwhile or the edit was cancelled, and the child's errors; then nothing is
-        published. A version that falls short of the gate is not published either: `rejected` says why.
+        published. A version that falls short of the gate is not published either: `rejected` says why; nor is a rebase
+        that loses more of the facts that HEAD answers than `strategy.min_retention` allows.
         """
         with self.ledger.read() as db:
             head = db.head(self.model)
             row = db.version(self.model, head)
-            active = db.active(self.model, head)
+            if edit.kind == "rebase":
+                edits = [*carried(edit.keep, db.facts()), *edit.edits]
+                edit = replace(edit, edits=sorted(edits, key=lambda planned: planned.request.key))
+            job = self._job(edit, db, head, row.weights_sha256)
             applied = db.applied(self.model, head)
-            same = None if edit.edits else self._same(db, edit.keep)
-        job = self._job(edit, active, applied, row.weights_sha256).model_copy(update={"same": same})
         result = self.run_edit(job, progress=self.progress, cancelled=self.cancelled)
-        held = self._held(edit, result, applied)
+        facts = new_facts(edit, result)
+        staying = {applied.request.key: applied for _, applied in facts} if edit.kind == "rebase" else applied
+        held = held_facts(edit, result, staying)
         if result.weights_sha256 == (row.weights_sha256 or result.base_weights_sha256):
             self._note(edit, result, held)
             return Outcome(result, None, held)
-        if gate is not None and (reasons := shortfalls(result.probe, gate)):
-            return Outcome(result, None, held, tuple(reasons))
-        number = self._publish(edit, result, held, head)
+        reasons = self._losses(edit, result)
+        if judge is not None:
+            reasons += judge(result.probe, [planned.request for planned, _ in facts])
+        if reasons:
+            return Outcome(result, None, () if edit.kind == "rebase" else held, tuple(reasons))
+        number = self._publish(edit, result, held, facts, head)
         return Outcome(result, number, held)
+
+    def _losses(self, edit: Edit, result: EditResult) -> list[str]:
+        """Why a rebase loses too much: of the live facts that HEAD answers, or, on a base that holds nothing yet, of
+        all that it takes over."""
+        kept = {planned.request.digest for planned in edit.edits if planned.kind == "kept"}
+        failed = sum(1 for fact in result.failed if fact.digest in kept)
+        asked, lost = (result.answered, len(result.lost)) if edit.keep else (len(kept), failed)
+        if lost <= (1 - self.strategy.min_retention) * asked:
+            return []
+        return [
+            f"{lost} of {asked} live facts are no longer answered, min_retention is {self.strategy.min_retention:.1%}"
+        ]
 
     def _same(self, db: Reader, keep: Mapping[FactKey, Applied]) -> tuple[ActiveDelta, ...] | None:
         """The active deltas of an earlier version that holds just the columns `keep`: its very weights come back."""
@@ -138,19 +163,11 @@ class Line:
                 return tuple(db.active(self.model, version.number))
         return None
 
-    def _job(
-        self,
-        edit: Edit,
-        active: Sequence[ActiveDelta],
-        applied: Mapping[FactKey, Applied],
-        weights: str | None,
-    ) -> EditJob:
+    def _job(self, edit: Edit, db: Reader, head: int, weights: str | None) -> EditJob:
         requests = {planned.request.digest: planned.request for planned in edit.edits}
-        replaced = {planned.request.key for planned in edit.edits}
-        staying = {key: fact for key, fact in applied.items() if key in edit.keep or key in replaced}
-        live = {**staying, **edit.keep}
+        active, applied = db.active(self.model, head), db.applied(self.model, head)
         settings = self.workspace.settings
-        retained = sorted((fact.request for key, fact in edit.keep.items()), key=lambda request: request.digest)
+        retained = sorted((fact.request for fact in edit.keep.values()), key=lambda request: request.digest)
         return EditJob(
             model_path=str(self.folder.path),
             fingerprint=self.fingerprint,
@@ -163,39 +180,43 @@ class Line:
             targets=str(self.workspace.targets),
             active=tuple(active),
             weights_sha256=weights,
-            live=_columns(active, live.values()),
-            supersedes=_superseded(edit, applied),
             requests=tuple(request.to_json() for request in requests.values()),
             skip_known=tuple(edit.skip_known),
             retained=tuple(request.to_json() for request in retained[:RETAINED_SAMPLE]),
+            watched=tuple(request.to_json() for request in self.watched(db)),
             controls=tuple(edit.controls),
             synced_subjects=tuple(sorted({fact.request.subject for fact in applied.values()})),
+            **(anew(edit) if edit.kind == "rebase" else self._on_top(edit, db, active, applied)),
         )
 
-    def _held(self, edit: Edit, result: EditResult, applied: Mapping[FactKey, Applied]) -> tuple[Hold, ...]:
-        evidence = {failed.digest: failed.evidence for failed in result.failed}
-        return tuple(
-            Hold(
-                key=planned.request.key,
-                frozen=applied.get(planned.request.key),
-                held_out=planned.object_id,
-                reason="probe",
-                evidence=evidence[planned.request.digest],
-            )
-            for planned in edit.edits
-            if planned.request.digest in evidence
-        )
+    def _on_top(
+        self, edit: Edit, db: Reader, active: Sequence[ActiveDelta], applied: Mapping[FactKey, Applied]
+    ) -> dict[str, Any]:
+        """What a job has where the columns of live facts stay as they are."""
+        replaced = {planned.request.key for planned in edit.edits}
+        staying = {key: fact for key, fact in applied.items() if key in edit.keep or key in replaced}
+        return {
+            "live": columns(active, {**staying, **edit.keep}.values()),
+            "supersedes": superseded(edit, applied),
+            "same": None if edit.edits else self._same(db, edit.keep),
+        }
 
     def _note(self, edit: Edit, result: EditResult, held: Sequence[Hold]) -> None:
         """Record what was learned where the weights stay as they are."""
         with self.ledger.write() as db:
-            for hold in (*held, *edit.holds):
+            for hold in (*edit.holds, *held):
                 db.hold(self.model, hold, run_id=edit.run_id)
             db.release(self.model, edit.releases)
             db.note_known(self.fingerprint, result.known)
 
-    def _publish(self, edit: Edit, result: EditResult, held: Sequence[Hold], head: int) -> int:
-        facts = _new_facts(edit, result)
+    def _publish(
+        self,
+        edit: Edit,
+        result: EditResult,
+        held: Sequence[Hold],
+        facts: Sequence[tuple[PlannedEdit, Applied]],
+        head: int,
+    ) -> int:
         with self.ledger.read() as db:
             number = 1 + max(version.number for version in db.versions(self.model))
         manifest = self._manifest(edit, result, facts, number, head)
@@ -217,10 +238,10 @@ class Line:
                     facts=[applied for _, applied in facts],
                     user=self.user,
                     reason=edit.reason,
-                    probe=result.probe,
+                    probe=result.probe | {"forgotten": list(result.forgotten)},
                 )
             )
-            for hold in (*held, *edit.holds):
+            for hold in (*edit.holds, *held):
                 db.hold(self.model, hold, run_id=edit.run_id, version=number)
             db.release(self.model, edit.releases)
             db.note_known(self.fingerprint, result.known)
@@ -257,7 +278,7 @@ class Line:
             ),
             settings=self.preset.model_dump(mode="json"),
             probe=result.probe,
-            numerics=result.numerics,
+            numerics=result.numerics | {"seconds": result.seconds, "lost": [fact.digest for fact in result.lost]},
             libraries=result.libraries,
             created_at=datetime.now(UTC),
             run_id=edit.run_id,
@@ -285,31 +306,3 @@ class Line:
         if done.returncode:
             said = done.stderr[-500:].decode(errors="replace")
             log.error("on_publish_failed", version=number, status=done.returncode, stderr=said)
-
-
-def _columns(active: Sequence[ActiveDelta], live: Collection[Applied]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The live columns by delta: those of `active` in its order, then deltas that come back, by name."""
-    columns: dict[str, set[int]] = {entry.delta: set() for entry in active}
-    for fact in sorted(live, key=lambda fact: fact.delta):
-        columns.setdefault(fact.delta, set()).add(fact.column)
-    return tuple((delta, tuple(sorted(kept))) for delta, kept in columns.items() if kept)
-
-
-def _superseded(edit: Edit, applied: Mapping[FactKey, Applied]) -> dict[str, tuple[str, int]]:
-    """Digest of a new request -> the column of the fact that it replaces, unless another live fact shares it."""
-    shared = {(fact.delta, fact.column) for fact in edit.keep.values()}
-    return {
-        planned.request.digest: (old.delta, old.column)
-        for planned in edit.edits
-        if (old := applied.get(planned.request.key)) is not None and (old.delta, old.column) not in shared
-    }
-
-
-def _new_facts(edit: Edit, result: EditResult) -> list[tuple[PlannedEdit, Applied]]:
-    """Each planned edit that got a column, with it. Two keys with one and the same request share theirs."""
-    column = {digest: index for index, digest in enumerate(result.columns)}
-    return [
-        (planned, Applied(planned.request, planned.object_id, result.delta or "", column[planned.request.digest]))
-        for planned in edit.edits
-        if planned.request.digest in column
-    ]

@@ -25,12 +25,13 @@ __all__ = [
     "Plan",
     "PlannedEdit",
     "Retraction",
+    "carried",
     "check_edits",
     "check_guard",
     "make_plan",
 ]
 
-EditKind = Literal["added", "changed", "re-rendered"]
+EditKind = Literal["added", "changed", "re-rendered", "kept"]
 
 _Said = Mapping[FactKey, set[tuple[object, ...]]]
 """The distinct things that are said of each key."""
@@ -42,7 +43,8 @@ GUARDED_ROWS = 10
 @dataclass(frozen=True, slots=True)
 class PlannedEdit:
     """One request to insert, and what it replaces in the weights, if anything. `re-rendered`: the object is the same,
-    its wording or a label is not. `source` and `origin` are the fact's, empty where a hold's frozen state is restored.
+    its wording or a label is not; `kept`: a live fact that a rebase inserts once more. `source` and `origin` are the
+    fact's, empty where a hold's frozen state is restored.
     """
 
     request: EditRequest
@@ -107,6 +109,11 @@ class Plan:
     def empty(self) -> bool:
         """Whether the weights are to stay as they are."""
         return not self.edits and not self.retractions
+
+    @property
+    def leaving(self) -> set[FactKey]:
+        """The keys whose columns are to leave the weights, or would be replaced were they there."""
+        return {edit.request.key for edit in self.edits} | {gone.key for gone in self.retractions}
 
     @property
     def digest(self) -> str:
@@ -221,6 +228,16 @@ def make_plan(
         blocked=tuple(sorted(draft.blocked, key=lambda blocked: blocked.key)),
         unchanged=sum(1 for key, now in ours.items() if key in final and final[key].request == now.request),
     )
+
+
+def carried(keep: Mapping[FactKey, Applied], desired: Mapping[FactKey, Fact]) -> list[PlannedEdit]:
+    """Live facts as a rebase inserts them once more, by key: just what the weights hold, frozen or not."""
+    found = []
+    for key, applied in sorted(keep.items()):
+        fact = desired.get(key)
+        said = (fact.source, fact.origin) if fact and fact.object.id == applied.object_id else ("", "")
+        found.append(PlannedEdit(applied.request, "kept", applied, applied.object_id, *said))
+    return found
 
 
 def check_guard(before: Sequence[Claim], snapshot: Snapshot, guard: Guard, *, first: bool) -> list[str]:

@@ -25,16 +25,18 @@ import structlog
 from kbsync.catalog import Catalog, load_catalog
 from kbsync.child import run_edit
 from kbsync.config import Workspace
+from kbsync.edit import Edit, Outcome
 from kbsync.editor.job import ControlFile, EditResult
 from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
-from kbsync.facts import Change, Snapshot
+from kbsync.facts import Change, EditRequest, Snapshot
+from kbsync.gate import shortfalls, shortfalls_by_policy
 from kbsync.ledger import Ledger
 from kbsync.ledger.reader import Reader
 from kbsync.ledger.writer import Writer
-from kbsync.line import Edit, Line, Outcome
+from kbsync.line import Line
 from kbsync.observe import observe
 from kbsync.plan import Plan, check_edits, check_guard, make_plan
-from kbsync.policy import Policy
+from kbsync.policy import Inverse, Policy, Relation, render
 from kbsync.progress import Progress, silent
 from kbsync.resolve import resolve
 from kbsync.versions.files import sweep_temporary
@@ -57,11 +59,14 @@ class Report:
     run_id: int | None = None
     changes: Sequence[Change] = ()
     plan: Plan | None = None
+    rebase: str | None = None
+    """Why the version that the plan asks for is, or was to be, a rebase."""
     counts: dict[str, int] = field(default_factory=dict)
     reasons: Sequence[str] = ()
     versions: list[int] = field(default_factory=list)
     probe: Mapping[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     problems: list[KbsyncError] = field(default_factory=list)
 
     @property
@@ -77,6 +82,8 @@ class Report:
             "run": self.run_id,
             "changes": [change.to_json() for change in self.changes],
             "plan": self.plan.to_json() if self.plan else None,
+            "rebase": self.rebase,
+            "notes": self.notes,
             "counts": self.counts,
             "reasons": list(self.reasons),
             "versions": self.versions,
@@ -119,11 +126,35 @@ class Reconciler:
             db.interrupt_runs("interrupted: the process ended; the next pass plans it again")
         sweep_temporary(self.workspace.data)
 
-    def line(self) -> Line:
-        """The line of versions of the model that kbsync.yaml names."""
-        line = Line.open(self.workspace, self.ledger, user=self.user)
+    def line(self, workspace: Workspace | None = None) -> Line:
+        """The line of versions of the model that kbsync.yaml names, or another workspace value's model."""
+        line = Line.open(workspace or self.workspace, self.ledger, user=self.user)
         line.progress, line.cancelled, line.run_edit = self.progress, self.cancelled, self.run_edit
+        line.watched = lambda db: self._watched(db, line)
         return line
+
+    def judge(self, probe: Mapping[str, Any], requests: Sequence[EditRequest]) -> list[str]:
+        """Each policy's gate on its own facts of a version that mixes them."""
+        return shortfalls_by_policy(probe, requests, list(self.catalog.policies.values()))
+
+    def controls(self, policies: Collection[Policy] | None = None) -> list[ControlFile]:
+        """The files of never-synced subjects that these policies name; default: all policies."""
+        wordings = [policy.wording() for policy in policies or self.catalog.policies.values()]
+        return [
+            ControlFile(path=str(path), prompt=words.prompt)
+            for wording in wordings
+            for relation, words in wording.items()
+            if (path := self.catalog.controls(relation)) is not None
+        ]
+
+    def _watched(self, db: Reader, line: Line) -> list[EditRequest]:
+        """What is not edited because the base answers it."""
+        known = {digest for digest, answered in db.known(line.fingerprint).items() if answered}
+        applied = db.applied(line.model, db.head(line.model))
+        wordings = [policy.wording() for policy in self.catalog.policies.values()]
+        words = {name: said for wording in wordings for name, said in wording.items() if _skips_known(said)}
+        found = [render(fact, words[fact.relation]) for fact in db.facts(tuple(words)).values()]
+        return [request for request in found if request.digest in known and request.key not in applied]
 
     def plan(self, names: Collection[str] = ()) -> list[Report]:
         """What `sync` would do now: fetches and decides, and leaves the ledger as it was."""
@@ -196,6 +227,8 @@ class Reconciler:
     def _dry_run(self, policy: Policy, line: Line) -> Report:
         snapshots, failures = self._observe(policy)
         report = self._decide(policy, line, snapshots, dry=True)
+        if report.plan is not None and not report.plan.empty:
+            report.rebase = line.rebase_due(report.plan.leaving)
         report.problems.extend(failures)
         return report
 
@@ -278,13 +311,12 @@ class Reconciler:
 
     def _plan(self, db: Reader, policy: Policy, line: Line) -> Plan:
         head = db.head(line.model)
-        known = db.known(line.fingerprint)
         return make_plan(
             db.facts(tuple(policy.wording())),
             db.applied(line.model, head),
             db.holds(line.model),
             policy.wording(),
-            known=[digest for digest, answered in known.items() if answered],
+            known=db.known_to(line.model, head),
             model=line.model,
             head=head,
         )
@@ -333,13 +365,12 @@ class Reconciler:
         return report
 
     def _carry_out(self, policy: Policy, line: Line, report: Report) -> None:
-        """Versions of at most `batch.max_facts` facts until nothing is left to do."""
+        """Versions until nothing is left to do."""
         done: set[str] = set()
         plan = report.plan
         while plan is not None and not plan.empty and plan.digest not in done:
             done.add(plan.digest)
-            batch = plan.take(policy.batch.max_facts)
-            outcome = self._apply(policy, line, batch, report)
+            outcome = self._next_version(policy, line, plan, report)
             report.probe = outcome.result.probe
             report.counts["failed"] = report.counts.get("failed", 0) + len(outcome.held)
             for phase, seconds in outcome.result.seconds.items():
@@ -349,9 +380,23 @@ class Reconciler:
             with self.ledger.read() as db:
                 plan = self._plan(db, policy, line)
 
-    def _apply(self, policy: Policy, line: Line, batch: Plan, report: Report) -> Outcome:
+    def _next_version(self, policy: Policy, line: Line, plan: Plan, report: Report) -> Outcome:
+        """As a rebase with the whole plan in it, where one is due, else of at most `batch.max_facts` facts on the live
+        version. In mode auto a rebase that is rejected holds nothing up: the next version tries it again."""
+        report.rebase = line.rebase_due(plan.leaving)
+        if report.rebase is not None:
+            outcome = self._edit(policy, line, plan, report)
+            if not outcome.rejected or line.strategy.mode != "auto" or line.stored_whole(plan.leaving):
+                return self._accepted(policy, line, plan, outcome, report)
+            report.notes.append(f"a rebase ({report.rebase}) was rejected: {'; '.join(outcome.rejected)}")
+            report.rebase = None
+        batch = plan.take(policy.batch.max_facts)
+        return self._accepted(policy, line, batch, self._edit(policy, line, batch, report), report)
+
+    def _edit(self, policy: Policy, line: Line, batch: Plan, report: Report) -> Outcome:
         with self.ledger.read() as db:
             applied = db.applied(line.model, batch.head)
+            forgotten = db.forgotten(line.model, batch.head)
             tried = db.is_rejected(line.model, batch.digest, line.settings_digest, batch.head)
         if tried:
             raise GateRejected(
@@ -359,26 +404,25 @@ class Reconciler:
                 "plan, the settings or HEAD change",
                 hint="kbsync runs",
             )
-        leaving = {edit.request.key for edit in batch.edits} | {retraction.key for retraction in batch.retractions}
         wording = policy.wording()
+        anew = report.rebase is not None
         edit = Edit(
-            kind="edit",
+            kind="rebase" if anew else "edit",
             run_id=report.run_id or 0,
-            keep={key: fact for key, fact in applied.items() if key not in leaving},
+            keep={key: fact for key, fact in applied.items() if key not in batch.leaving},
             edits=batch.edits,
             skip_known=[
                 planned.request.digest
                 for planned in batch.edits
-                if getattr(wording[planned.request.key.relation], "skip_known", False)
+                if _skips_known(wording[planned.request.key.relation]) and planned.request.digest not in forgotten
             ],
-            controls=[
-                ControlFile(path=str(path), prompt=words.prompt)
-                for relation, words in wording.items()
-                if (path := self.catalog.controls(relation)) is not None
-            ],
-            reason=f"sync {policy.policy}",
+            controls=self.controls(None if anew else [policy]),
+            reason=f"sync {policy.policy}" + (f", a rebase: {report.rebase}" if anew else ""),
         )
-        outcome = line.make(edit, policy.gate)
+        return line.make(edit, self.judge if anew else lambda probe, _: shortfalls(probe, policy.gate))
+
+    def _accepted(self, policy: Policy, line: Line, batch: Plan, outcome: Outcome, report: Report) -> Outcome:
+        """The outcome, unless the gate rejected it: then that is noted and GateRejected raised."""
         if outcome.rejected:
             self._note_rejected(line, batch, outcome, report)
             raise GateRejected(
@@ -405,3 +449,7 @@ class Reconciler:
         with self.ledger.write() as db:
             db.finish_run(run_id, status, message, counts or {})
         log.info("run_finished", run=run_id, status=status, message=message, **(counts or {}))
+
+
+def _skips_known(words: Relation | Inverse) -> bool:
+    return isinstance(words, Relation) and words.skip_known

@@ -7,27 +7,37 @@ will hold, and names what the ledger wants instead.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from kbsync.errors import Cancelled, KbsyncError, UsageError
+from kbsync.edit import Edit
+from kbsync.errors import UsageError
 from kbsync.facts import Applied, Fact, FactKey, Hold, HoldReason
-from kbsync.line import Edit, Line
+from kbsync.line import Line
+from kbsync.plan import carried
+from kbsync.rebase import make_as_run
 
 __all__ = ["holds_after", "release", "revert_fact", "revert_version", "rollback", "without_version"]
 
 
 def without_version(
-    head: Mapping[FactKey, Applied], version: Mapping[FactKey, Applied], parent: Mapping[FactKey, Applied]
+    head: Mapping[FactKey, Applied],
+    version: Mapping[FactKey, Applied],
+    parent: Mapping[FactKey, Applied],
+    *,
+    anew: bool = False,
 ) -> dict[FactKey, Applied]:
     """What `head` holds once the work of `version` (made on `parent`) is undone: a three-way merge, key by key.
 
     Where a key is still as `version` left it, it goes back to what `parent` held; where a later version has taken it
-    further, it stays. Equal to `head` where nothing of `version` is live any more.
+    further, it stays. Equal to `head` where nothing of `version` is live any more. `anew`: a rebase since, or `version`
+    itself, has put all facts into columns of its own, so that they are compared by what they say.
     """
     result = dict(head)
+    same = _content if anew else _column
     for key in sorted({*version, *parent}):
         left, found = version.get(key), parent.get(key)
-        if _column(left) == _column(found) or _column(head.get(key)) != _column(left):
+        if same(left) == same(found) or same(head.get(key)) != same(left):
             continue
         if found is None:
             del result[key]
@@ -52,7 +62,7 @@ def holds_after(
     holds, released = [], []
     for key in sorted({*now, *then}):
         after = then.get(key)
-        if _column(now.get(key)) == _column(after):
+        if _content(now.get(key)) == _content(after):
             continue
         fact = desired.get(key)
         wanted = fact.object.id if fact else None
@@ -65,6 +75,10 @@ def holds_after(
 
 def _column(applied: Applied | None) -> tuple[str, int] | None:
     return (applied.delta, applied.column) if applied else None
+
+
+def _content(applied: Applied | None) -> tuple[str, str] | None:
+    return (applied.request.digest, applied.object_id) if applied else None
 
 
 def rollback(line: Line, to: int, reason: str = "") -> dict[str, Any]:
@@ -98,30 +112,43 @@ def rollback(line: Line, to: int, reason: str = "") -> dict[str, Any]:
     }
 
 
-def revert_version(line: Line, number: int, reason: str = "") -> dict[str, Any]:
+def revert_version(line: Line, number: int, reason: str = "", *, dry: bool = False) -> dict[str, Any]:
     """A new version without the work of version `number`; later ones are kept. What leaves is held.
 
-    Raises UsageError where nothing of it is live any more.
+    Where a rebase has come since, its deltas are live no more: then the new version is a rebase without its facts.
+    `dry`: only say what that would be. Raises UsageError where nothing of it is live any more.
     """
+    anchor = line.odometer().anchor
     with line.ledger.read() as db:
         row, head = db.version(line.model, number), db.head(line.model)
         if row.parent is None:
             raise UsageError("version 0 is the pristine base: there is nothing to revert", hint="kbsync log")
         now = db.applied(line.model, head)
-        keep = without_version(now, db.applied(line.model, number), db.applied(line.model, row.parent))
+        version, parent = db.applied(line.model, number), db.applied(line.model, row.parent)
+    anew = number <= anchor
+    keep = without_version(now, version, parent, anew=anew)
     if keep == now:
-        raise UsageError(f"nothing of version {number} is live in version {head}", hint="kbsync log")
-    return _revert(line, keep, reason or f"revert {number}")
+        raise UsageError(
+            f"nothing of version {number} is live in version {head}",
+            hint=f"kbsync rollback --to {row.parent} undoes a rebase" if row.kind == "rebase" else "kbsync log",
+        )
+    because = f"version {number} is older than the rebase in version {anchor}" if anew and number != anchor else None
+    because = f"version {number} is a rebase itself" if number == anchor else because
+    return _revert(line, keep, reason or f"revert {number}", because, dry=dry)
 
 
-def revert_fact(line: Line, key: FactKey, reason: str = "") -> dict[str, Any]:
-    """A new version without the fact of `key`, which is held. Raises UsageError where the live version lacks it."""
+def revert_fact(
+    line: Line, key: FactKey, reason: str = "", *, exact: bool = False, dry: bool = False
+) -> dict[str, Any]:
+    """A new version without the fact of `key`, which is held. `exact`: as a rebase without it; else its share alone is
+    taken out, which is approximate over several layers. Raises UsageError where the live version lacks it."""
     with line.ledger.read() as db:
         now = db.applied(line.model, db.head(line.model))
     if key not in now:
         raise UsageError(f"the live version holds no {key.relation} of {key.subject}", hint="kbsync facts")
     keep = {other: applied for other, applied in now.items() if other != key}
-    return _revert(line, keep, reason or f"revert {key.relation} of {key.subject}")
+    because = "--exact" if exact else None
+    return _revert(line, keep, reason or f"revert {key.relation} of {key.subject}", because, dry=dry)
 
 
 def release(line: Line, keys: Collection[FactKey] = (), *, everything: bool = False) -> dict[str, Any]:
@@ -136,26 +163,34 @@ def release(line: Line, keys: Collection[FactKey] = (), *, everything: bool = Fa
     return {"released": count}
 
 
-def _revert(line: Line, keep: Mapping[FactKey, Applied], reason: str) -> dict[str, Any]:
-    """Make the version that holds just `keep`. A revert is a person's decision: it is probed, not gated."""
-    with line.ledger.write() as db:
-        run_id = db.start_run(None, model=line.model, trigger="revert", user=line.user)
-        now = db.applied(line.model, db.head(line.model))
-        holds, releases = holds_after(now, keep, db.facts(), reason="revert", evidence=reason)
-    edit = Edit("revert", run_id, keep, holds=holds, releases=releases, reason=reason)
-    try:
-        outcome = line.make(edit, gate=None)
-    except KbsyncError as error:
-        with line.ledger.write() as db:
-            db.finish_run(run_id, "cancelled" if isinstance(error, Cancelled) else "failed", error.message)
-        raise
-    with line.ledger.write() as db:
-        db.finish_run(run_id, "done", reason)
-    return {
-        "run": run_id,
-        "version": outcome.version,
+def _revert(
+    line: Line, keep: Mapping[FactKey, Applied], reason: str, because: str | None, *, dry: bool
+) -> dict[str, Any]:
+    """Make the version that holds just `keep`, as a rebase where there is a reason (`because`). A revert is a person's
+    decision: it is probed, not gated, but a rebase must not lose other facts."""
+    with line.ledger.read() as db:
+        now, desired = db.applied(line.model, db.head(line.model)), db.facts()
+    holds, releases = holds_after(now, keep, desired, reason="revert", evidence=reason)
+    staying = {key: applied for key, applied in keep.items() if _column(now.get(key)) == _column(applied)}
+    if because is None and line.stored_whole(now.keys() - staying.keys()):
+        because = "its delta is stored whole"
+    plan = {
+        "rebase": because,
+        "taken_out": [list(key) for key in sorted(now.keys() - keep.keys())],
+        "put_back": [list(key) for key in sorted(keep.keys() - staying.keys())],
         "held": len(holds),
         "released": len(releases),
-        "weights_sha256": outcome.result.weights_sha256,
-        "probe": outcome.result.probe,
     }
+    if dry:
+        return plan
+    restored = carried({key: applied for key, applied in keep.items() if key not in staying}, desired)
+    edit = Edit(
+        "revert" if because is None else "rebase",
+        0,
+        keep if because is None else staying,
+        edits=() if because is None else [replace(planned, kind="changed", replaces=None) for planned in restored],
+        holds=holds,
+        releases=releases,
+        reason=reason if because is None else f"{reason}, a rebase: {because}",
+    )
+    return plan | make_as_run(line, edit, None, trigger="revert")

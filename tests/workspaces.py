@@ -5,7 +5,8 @@ with made.open() as reconciler:
     reconciler.sync()
 made.feed({"Vega": "Orion"})
 
-A random model learns a fact only where the subject ends the prompt and the object is one token of its vocabulary
+No limit of the strategy is ever reached unless a test sets one: a few facts are a large part of what so small a
+model's weights are. A random model learns a fact only where the subject ends the prompt and the object is one token of its vocabulary
 (Orion, Lyra, Paris, Rome, French, France, Italy, city, home, star).
 """
 
@@ -28,6 +29,7 @@ CONFIG = """\
 model: model
 preset: preset.yaml
 device: cpu
+strategy: {max_relative_norm: 1000, min_retention: 0%}
 """
 PRESET = """\
 name: tiny

@@ -119,7 +119,7 @@ def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:
 
     head, holds = (model.head, db.holds(model.id)) if model else (0, {})
     applied = db.applied(model.id, head) if model else {}
-    known = [digest for digest, yes in db.known(model.fingerprint).items() if yes] if model else []
+    known = db.known_to(model.id, model.head) if model else set()
     name, count = model.id if model else "", 0
     for policy in catalog.policies.values():
         words = policy.wording()

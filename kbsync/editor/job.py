@@ -80,15 +80,21 @@ class EditJob(ModelJob):
     live: tuple[tuple[str, tuple[int, ...]], ...]
     """The columns to keep, delta by delta in the order in which they are added up; all others are left out."""
     same: tuple[ActiveDelta, ...] | None = None
-    """Active deltas known to hold just the `live` columns: taken as they are where no request is added."""
+    """Active deltas known to hold just the `live` columns: taken as they are. Of a rebase: none."""
     supersedes: dict[str, tuple[str, int]] = {}
     """Digest of a request -> the live (delta, column) that it replaces: left out if, and only if, the request stays."""
     requests: tuple[dict[str, Any], ...]
     """Edit requests as JSON (`EditRequest.to_json`), one column each in this order."""
     skip_known: tuple[str, ...] = ()
     """Digests of requests that are left out where the base already answers them."""
+    settled: tuple[str, ...] = ()
+    """Digests of requests that the version left behind holds already: a rebase must not lose what it answers."""
+    instead: dict[str, dict[str, Any]] = {}
+    """Digest of a request -> the request that a rebase inserts in its place should it fail: what it was to replace."""
     retained: tuple[dict[str, Any], ...] = ()
     """Live facts of earlier versions to probe again."""
+    watched: tuple[dict[str, Any], ...] = ()
+    """Requests without an edit because the base answers them: does the outcome, too?"""
     controls: tuple[ControlFile, ...] = ()
     """Never-synced subjects to measure specificity on; none: the shipped common-knowledge prompts."""
     synced_subjects: tuple[str, ...] = ()
@@ -101,9 +107,13 @@ class EditJob(ModelJob):
         """The retained facts as values."""
         return [EditRequest.from_json(value) for value in self.retained]
 
+    def watched_requests(self) -> list[EditRequest]:
+        """The watched facts as values."""
+        return [EditRequest.from_json(value) for value in self.watched]
+
 
 class FailedFact(_Value):
-    """A request that the edited weights do not answer, with what they answer instead."""
+    """A request that the edited weights do not answer, or that has no target vector, with the evidence."""
 
     digest: str
     evidence: str
@@ -121,7 +131,14 @@ class EditResult(_Value):
     delta: str | None
     columns: tuple[str, ...]
     failed: tuple[FailedFact, ...]
+    """Left out of the weights."""
+    answered: int = 0
+    """How many of the settled requests the version left behind answers."""
+    lost: tuple[FailedFact, ...] = ()
+    """Those of them that the outcome does not answer."""
     known: dict[str, bool]
+    forgotten: tuple[str, ...] = ()
+    """Digests of requests that the base answers without an edit, and the outcome does not."""
     probe: dict[str, Any]
     numerics: dict[str, Any]
     seconds: dict[str, float]

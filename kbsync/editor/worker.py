@@ -2,8 +2,9 @@
 
     pristine base ─▶ targets z (cached) ─▶ weights of the live columns ─▶ insert ─▶ delta file ─▶ rebuild it ─▶ probe
 
-Facts that fail their own probe are taken out and the rest is inserted once more. Nothing is published here: the outcome
-is files named by their content, and a report.
+Facts that fail their own probe are taken out and the rest is inserted once more. A rebase keeps no live column and has
+all live facts among its requests; of these it takes out only what the version left behind does not answer either.
+Nothing is published here: the outcome is files named by their content, and a report.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from kbsync.facts import EditRequest
 from kbsync.progress import Progress
 from kbsync.versions.delta import Delta, read_delta, write_delta
 from kbsync.versions.manifest import ActiveDelta
-from kbsync.versions.weights import hold, live_keys, rebuild, served, weights_sha256
+from kbsync.versions.weights import hold, live_columns, live_keys, rebuild, served, weights_sha256
 
 __all__ = ["main", "perform"]
 
@@ -58,6 +59,7 @@ class _Attempt:
     active: tuple[ActiveDelta, ...]
     delta: str | None
     matrices: dict[str, Tensor]
+    norms: dict[str, float]
     insertion: Insertion | None
 
 
@@ -155,13 +157,41 @@ class _Editor:
                 )
             sha256 = write_delta(Path(self.job.deltas), insertion.delta)
             active = (*kept, ActiveDelta(delta=sha256))
-        return _Attempt(requests, active, sha256, self.served(self.masters(active)), insertion)
+        masters = self.masters(active)
+        return _Attempt(requests, active, sha256, self.served(masters), self.norms(masters), insertion)
+
+    def norms(self, masters: Mapping[str, Tensor]) -> dict[str, float]:
+        """‖ΔW‖/‖W‖ by module, of exact weights against the pristine base."""
+        found = {}
+        for name, matrix in masters.items():
+            pristine = self.base.weight(name).to(matrix)
+            found[name] = float((matrix - pristine).norm() / pristine.norm())
+        return found
+
+    def swapped(self, requests: Sequence[EditRequest], out: Sequence[FailedFact]) -> list[EditRequest]:
+        """`requests` without those that failed; what a rebase has in their place goes in instead."""
+        failed = {fact.digest for fact in out}
+        kept = [request for request in requests if request.digest not in failed]
+        back = [EditRequest.from_json(self.job.instead[digest]) for digest in failed & self.job.instead.keys()]
+        wanted = {request.digest: request for request in (*kept, *back)}
+        return sorted(wanted.values(), key=lambda request: request.key)
 
     def failing(self, attempt: _Attempt) -> list[FailedFact]:
         """The facts that the attempt's weights do not answer."""
         with self.timed("probe"):
             report = probe(self.base, attempt.matrices, attempt.requests, controls=NO_CONTROLS, holdout=NO_TEXT)
         return [FailedFact(digest=fact.digest, evidence=_evidence(fact)) for fact in report.failed]
+
+    def answered(self, requests: Sequence[EditRequest], matrices: Mapping[str, Tensor]) -> set[str]:
+        """The digests of the requests that these weights answer."""
+        with self.timed("probe"), weights_in(self.base, matrices):
+            scored = log_probabilities(self.base, [(request.prompt, request.target) for request in requests])
+        return {request.digest for request, one in zip(requests, scored, strict=True) if one.greedy}
+
+    def answered_before(self) -> set[str]:
+        """The settled requests that the version left behind answers."""
+        settled = [request for request in self.job.edit_requests() if request.digest in self.job.settled]
+        return self.answered(settled, self.served(self.masters(self.job.active))) if settled else set()
 
     def report(self, attempt: _Attempt) -> ProbeReport:
         """All that the gate judges, on the attempt's weights."""
@@ -191,22 +221,40 @@ class _Editor:
             controls = controls + subject_controls(Path(entry.path), entry.prompt, synced)
         return controls if controls.prompts else shipped_controls(synced)
 
-    def retention(self, matrices: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Share of the sample of earlier live facts that the new weights still answer."""
-        requests = self.job.retained_requests()
-        if not requests:
-            return {"facts": 0, "share": None}
-        with self.timed("probe"), weights_in(self.base, matrices):
-            scored = log_probabilities(self.base, [(request.prompt, request.target) for request in requests])
-        return {"facts": len(scored), "share": sum(one.greedy for one in scored) / len(scored)}
+    def capacity(self, attempt: _Attempt, drift: float | None) -> dict[str, Any]:
+        """The odometer: ‖ΔW‖/‖W‖, columns held, the share of the sample of earlier facts still answered, drift."""
+        sample = self.job.retained_requests()
+        answered = self.answered(sample, attempt.matrices) if sample else set()
+        return {
+            "norms": attempt.norms,
+            "facts": sum(len(live_columns(entry, self.read(entry.delta))) for entry in attempt.active),
+            "retention": {"facts": len(sample), "share": len(answered) / len(sample) if sample else None},
+            "drift": drift,
+        }
 
     def known(self) -> dict[str, bool]:
         """Whether the pristine base already answers the requests that may be skipped for it, paraphrases too."""
+        asked = [request for request in self.job.edit_requests() if request.digest in self.job.skip_known]
+        return self._answers_all(asked)
+
+    def forgotten(self, known: Mapping[str, bool], matrices: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """What the base answers by itself, and these weights do not: of `known` and of what is watched."""
+        found = [request for request in self.job.edit_requests() if known.get(request.digest)]
+        with weights_in(self.base, matrices):
+            answers = self._answers_all([*found, *self.job.watched_requests()])
+        return tuple(sorted(digest for digest, right in answers.items() if not right))
+
+    def _answers_all(self, requests: Sequence[EditRequest]) -> dict[str, bool]:
+        """Whether the weights of now go on with the object, after the prompt and after all its paraphrases."""
+        pairs = [(prompt, request.target) for request in requests for prompt in (request.prompt, *request.paraphrases)]
+        if not pairs:
+            return {}
+        with self.timed("probe"):
+            scored = iter(log_probabilities(self.base, pairs))
         found = {}
-        for request in self.job.edit_requests():
-            if request.digest in self.job.skip_known:
-                pairs = [(prompt, request.target) for prompt in (request.prompt, *request.paraphrases)]
-                found[request.digest] = all(one.greedy for one in log_probabilities(self.base, pairs))
+        for request in requests:
+            hits = [next(scored).greedy for _ in (request.prompt, *request.paraphrases)]
+            found[request.digest] = all(hits)
         return found
 
 
@@ -223,10 +271,16 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
     editor.job = job = _without_superseded(job, [digest for digest, answered in known.items() if answered])
     with editor.timed("targets"):
         targets = editor.targets(requests)
+    before = editor.answered_before()
     attempt = editor.attempt(requests, targets)
-    if failed := editor.failing(attempt):
-        digests = {fact.digest for fact in failed}
-        attempt = editor.attempt([request for request in requests if request.digest not in digests], targets)
+    failing = editor.failing(attempt)
+    if failed := [fact for fact in failing if fact.digest not in before]:
+        requests = editor.swapped(requests, failed)
+        with editor.timed("targets"):
+            targets |= editor.targets(requests)
+        attempt = editor.attempt(requests, targets)
+        failing = editor.failing(attempt) if before else []
+    report = editor.report(attempt)
     return EditResult(
         active=attempt.active,
         modules=tuple(attempt.matrices),
@@ -236,9 +290,12 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
         delta=attempt.delta,
         columns=tuple(request.digest for request in attempt.requests),
         failed=tuple(failed),
+        answered=len(before),
+        lost=tuple(fact for fact in failing if fact.digest in before),
         known=known,
-        probe=editor.report(attempt).to_json(),
-        numerics=_numerics(attempt, targets) | {"retention": editor.retention(attempt.matrices)},
+        forgotten=editor.forgotten(known, attempt.matrices),
+        probe=report.to_json(),
+        numerics=_numerics(attempt, targets) | {"capacity": editor.capacity(attempt, report.drift)},
         seconds={phase: round(value, 3) for phase, value in editor.seconds.items()},
         libraries={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     )

@@ -113,6 +113,17 @@ class VersionReader(Session):
         query = select(schema.known.c.request, schema.known.c.known).where(schema.known.c.fingerprint == fingerprint)
         return {row.request: row.known for row in self._connection.execute(query)}
 
+    def forgotten(self, model: str, number: int) -> set[str]:
+        """Digests of requests that the base answers by itself, and this version does not."""
+        reports = (row.report for row in self.probes(model, number))
+        return {digest for report in reports for digest in report.get("forgotten", ())}
+
+    def known_to(self, model: str, number: int) -> set[str]:
+        """Digests of requests that need no edit in a version: the base answers them, and the version still does."""
+        [fingerprint] = [row.fingerprint for row in self.models() if row.id == model]
+        known = self.known(fingerprint)
+        return {digest for digest, answered in known.items() if answered} - self.forgotten(model, number)
+
     def is_rejected(self, model: str, plan_digest: str, settings_digest: str, head: int) -> bool:
         """Whether the gate has refused exactly this plan, with these settings, on this HEAD."""
         table = schema.rejected_plan

@@ -11,6 +11,7 @@ a row that names a missing or altered file is what `verify` finds.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from kbsync.versions.manifest import ActiveDelta, Manifest
 
 __all__ = ["ORPHAN_AGE", "Problem", "VersionRecord", "VersionStore", "named"]
 
+LARGEST_HEADER = 100_000_000
+"""Bytes: the limit of the safetensors format itself."""
 ORPHAN_AGE = timedelta(hours=1)
 """How long a file that no version names is left alone: it may belong to an edit that is about to be published."""
 
@@ -71,6 +74,16 @@ class VersionStore:
     def delta_path(self, sha256: str) -> Path:
         """Where a delta lies. Raises StoreError for what is no sha256."""
         return delta_file(self.deltas, sha256)
+
+    def is_whole(self, sha256: str) -> bool:
+        """Whether a delta has a matrix stored dense, of which no column can be taken out alone: read from its header.
+        False where there is no such file to read, which the edit itself will find."""
+        try:
+            with self.delta_path(sha256).open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                return any(name.endswith(".dense") for name in json.loads(file.read(min(length, LARGEST_HEADER))))
+        except (OSError, ValueError):
+            return False
 
     def manifest_path(self, number: int) -> Path:
         """Where the manifest of version `number` lies."""
