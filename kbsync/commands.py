@@ -17,6 +17,7 @@ from kbsync.errors import Busy, UsageError
 from kbsync.facts import FactKey
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
+from kbsync.rebase import forecast, rebase
 from kbsync.reconcile import Reconciler, open_workspace
 from kbsync.undo import release, revert_fact, revert_version, rollback
 
@@ -44,10 +45,19 @@ def _rollback(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str,
 
 
 def _revert(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    reason = arguments.get("reason", "")
+    reason, dry = arguments.get("reason", ""), bool(arguments.get("dry"))
     if "version" in arguments:
-        return revert_version(reconciler.line(), arguments["version"], reason)
-    return revert_fact(reconciler.line(), FactKey(*arguments["key"]), reason)
+        return revert_version(reconciler.line(), arguments["version"], reason, dry=dry)
+    exact = bool(arguments.get("exact"))
+    return revert_fact(reconciler.line(), FactKey(*arguments["key"]), reason, exact=exact, dry=dry)
+
+
+def _rebase(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    reason, dry = arguments.get("reason", ""), bool(arguments.get("dry"))
+    if (model := arguments.get("onto")) is not None:
+        return reconciler.take_over(model, arguments.get("preset"), reason, dry=dry)
+    line = reconciler.line()
+    return forecast(line) if dry else rebase(line, reconciler.judge, reconciler.controls(), reason)
 
 
 def _release(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,6 +76,7 @@ COMMANDS: dict[str, Callable[[Reconciler, Mapping[str, Any]], dict[str, Any]]] =
     "reject": _reject,
     "rollback": _rollback,
     "revert": _revert,
+    "rebase": _rebase,
     "release": _release,
     "gc": _gc,
 }

@@ -131,10 +131,10 @@ class Line:
         facts = new_facts(edit, result)
         staying = {applied.request.key: applied for _, applied in facts} if edit.kind == "rebase" else applied
         held = held_facts(edit, result, staying)
-        if result.weights_sha256 == (row.weights_sha256 or result.base_weights_sha256):
+        reasons = self._losses(edit, result) if edit.kind == "rebase" else []
+        if not reasons and result.weights_sha256 == (row.weights_sha256 or result.base_weights_sha256):
             self._note(edit, result, held)
             return Outcome(result, None, held)
-        reasons = self._losses(edit, result)
         if judge is not None:
             reasons += judge(result.probe, [planned.request for planned, _ in facts])
         if reasons:

@@ -9,22 +9,28 @@ any edit that fails; one that HEAD answers stays in the system and is named, and
 
     forecast(line)                              # what it would hold and cost
     rebase(line, judge, controls)
-    take_over(old, new, judge, controls)
+    take_over(old, new, judge, controls, skipping=())
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from kbsync.config import Workspace
 from kbsync.edit import Edit
 from kbsync.editor.job import ControlFile
 from kbsync.errors import Cancelled, GateRejected, KbsyncError, UsageError
 from kbsync.facts import Applied, FactKey
 from kbsync.line import Judge, Line
+from kbsync.plan import carried
+from kbsync.serving import Versions
+from kbsync.strategy import facts_left, rebase_due, warnings
+from kbsync.versions.manifest import Manifest
 
-__all__ = ["make_as_run", "rebase"]
+__all__ = ["forecast", "forecast_onto", "make_as_run", "rebase", "take_over"]
 
 
 def rebase(line: Line, judge: Judge, controls: Sequence[ControlFile] = (), reason: str = "") -> dict[str, Any]:
@@ -35,6 +41,129 @@ def rebase(line: Line, judge: Judge, controls: Sequence[ControlFile] = (), reaso
     keep = _live(line)
     edit = Edit("rebase", 0, keep, controls=controls, reason=reason or "rebase")
     return make_as_run(line, edit, judge, trigger="rebase")
+
+
+def take_over(
+    old: Line,
+    new: Line,
+    judge: Judge,
+    controls: Sequence[ControlFile] = (),
+    skipping: Collection[str] = (),
+    reason: str = "",
+) -> dict[str, Any]:
+    """A new version of the line `new`, another base, that holds the facts of the old line's HEAD, which stays.
+
+    Facts of the relations `skipping` that the new base knows by itself take no edit. Holds go along, so that what was
+    rolled back stays so; but not those of facts that the old model did not take, which the new one may. Raises
+    UsageError where both are one model or HEAD holds nothing, GateRejected, and what editing raises.
+    """
+    if new.model == old.model:
+        raise UsageError(f"{old.model} is the model that kbsync.yaml names already", hint="kbsync rebase")
+    live = _live(old)
+    with old.ledger.read() as db:
+        edits = carried(live, db.facts())
+        holds = [hold for hold in db.holds(old.model).values() if hold.reason != "probe"]
+    edit = Edit(
+        "rebase",
+        0,
+        {},
+        edits=edits,
+        skip_known=[planned.request.digest for planned in edits if planned.request.key.relation in skipping],
+        controls=controls,
+        holds=holds,
+        reason=reason or f"rebase of {old.model} onto {new.model}",
+    )
+    done = make_as_run(new, edit, judge, trigger="rebase")
+    return done | {"model": new.model, "from": old.model, "change": _change(new.workspace)}
+
+
+def _change(workspace: Workspace) -> str:
+    """What a person has to write into kbsync.yaml to follow the new line."""
+    settings = workspace.settings
+    return f"model: {settings.model}\npreset: {settings.preset}" if settings.preset else f"model: {settings.model}"
+
+
+def forecast(line: Line) -> dict[str, Any]:
+    """What a rebase would hold and cost, and how far the line is from one by itself. Changes nothing.
+
+    `targets` is how many target vectors are to be computed; `seconds` is scaled from what the newest version took,
+    None where none was measured.
+    """
+    live, odometer = _live(line), line.odometer()
+    with line.ledger.read() as db:
+        head = db.head(line.model)
+        requests = {applied.request.digest for applied in live.values()}
+        measured = _measured(line)
+    missing = len(requests) - _cached(line, measured)
+    return {
+        "model": line.model,
+        "head": head,
+        "facts": len(live),
+        "targets": max(0, missing),
+        "seconds": _seconds(measured, len(requests), max(0, missing)),
+        "due": rebase_due(line.strategy, odometer, live=len(live)),
+        "since": odometer.since,
+        "anchor": odometer.anchor,
+        "capacity": asdict(odometer.now) if odometer.now else None,
+        "facts_left": facts_left(line.strategy, odometer.now),
+        "warnings": warnings(line.strategy, odometer.now),
+        "strategy": line.strategy.model_dump(mode="json"),
+    }
+
+
+def forecast_onto(line: Line, workspace: Workspace) -> dict[str, Any]:
+    """The same for another base, that of `workspace`: all target vectors are computed there. `seconds` is scaled by the
+    sizes of the two models, and no more than an order of magnitude. Raises ModelError where it is not here or has no
+    preset."""
+    new = Versions.open(workspace, line.ledger)
+    workspace.preset(new.folder.name)
+    found = forecast(line)
+    measured = _measured(line)
+    seconds = _seconds(measured, found["facts"], found["facts"])
+    scale = _size(new.folder.path) / _size(line.folder.path)
+    return {
+        "model": new.model,
+        "from": line.model,
+        "head": found["head"],
+        "facts": found["facts"],
+        "targets": found["facts"],
+        "seconds": None if seconds is None else seconds * scale,
+        "change": _change(workspace),
+    }
+
+
+def _measured(line: Line) -> list[Manifest]:
+    """Manifests of the line's versions that inserted facts and took the time of it, newest first."""
+    with line.ledger.read() as db:
+        rows = [row for row in db.versions(line.model) if row.manifest_sha256 and row.facts]
+    found = [line.store.manifest(row.number, row.manifest_sha256) for row in reversed(rows)]
+    return [manifest for manifest in found if "seconds" in manifest.numerics]
+
+
+def _cached(line: Line, measured: Sequence[Manifest]) -> int:
+    """How many target vectors are there at most: none where the settings that they depend on have changed."""
+    if not measured or measured[0].settings.get("name") is None:
+        return 0
+    settings = line.preset.model_validate(measured[0].settings)
+    return len(list(line.workspace.targets.glob("*"))) if settings.target_digest == line.preset.target_digest else 0
+
+
+def _seconds(measured: Sequence[Manifest], facts: int, targets: int) -> float | None:
+    """Each phase's time per fact, the longest of all versions for target vectors: a later one had them cached."""
+    if not measured:
+        return None
+
+    def per_fact(manifest: Manifest, phase: str) -> float:
+        return float(manifest.numerics["seconds"].get(phase, 0.0)) / len(manifest.facts)
+
+    newest = measured[0]
+    once = float(newest.numerics["seconds"].get("load", 0.0))
+    each = per_fact(newest, "insert") + per_fact(newest, "probe")
+    return once + facts * each + targets * max(per_fact(manifest, "targets") for manifest in measured)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _live(line: Line) -> Mapping[FactKey, Applied]:

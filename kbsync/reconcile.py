@@ -38,6 +38,7 @@ from kbsync.observe import observe
 from kbsync.plan import Plan, check_edits, check_guard, make_plan
 from kbsync.policy import Inverse, Policy, Relation, render
 from kbsync.progress import Progress, silent
+from kbsync.rebase import forecast_onto, take_over
 from kbsync.resolve import resolve
 from kbsync.versions.files import sweep_temporary
 from kbsync.versions.store import VersionStore, named
@@ -185,6 +186,17 @@ class Reconciler:
             db.finish_run(run_id, "rejected", reason)
             db.audit(self.user, "reject", {"run": run_id, "reason": reason})
         return Report(policy=staged.policy or "", status="rejected", run_id=run_id)
+
+    def take_over(self, model: str, preset: str | None, reason: str = "", *, dry: bool = False) -> dict[str, Any]:
+        """Put what the live version of kbsync.yaml's model holds into another base, as a version of its own line. HEAD
+        of the old line stays. `preset`: of the new model; default: its own. Raises ModelError where it lacks either."""
+        settings = self.workspace.settings.model_copy(update={"model": model, "preset": preset})
+        workspace = replace(self.workspace, settings=settings)
+        if dry:
+            return forecast_onto(self.line(), workspace)
+        relations = [policy.relations for policy in self.catalog.policies.values()]
+        skipping = {name for wording in relations for name, words in wording.items() if words.skip_known}
+        return take_over(self.line(), self.line(workspace), self.judge, self.controls(), skipping, reason)
 
     def gc(self, older_than: timedelta, *, dry: bool = False) -> dict[str, Any]:
         """Remove delta files and manifests that no version of any model names and nothing has touched for a while."""

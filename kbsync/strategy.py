@@ -34,7 +34,7 @@ class Strategy(BaseModel):
     rebase_every: Annotated[int, Field(ge=1)] = 20
     """Versions on top of the last rebase after which the next one is a rebase."""
     max_relative_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
-    """Largest ‖ΔW‖/‖W‖ of an edited matrix."""
+    """Largest ‖ΔW‖/‖W‖ of an edited matrix. SmolLM2-135M reaches 0.5 with about 200 facts, and +7 % perplexity."""
     min_retention: Annotated[Share, Field(le=1)] = 0.9
     """Smallest share of the earlier facts that a version must still answer."""
 
@@ -106,11 +106,14 @@ def rebase_due(strategy: Strategy, odometer: Odometer, *, live: int, whole: bool
 
 
 def facts_left(strategy: Strategy, capacity: Capacity | None) -> int | None:
-    """About how many more facts fit below max_relative_norm, if the norm goes on growing with the facts as it did;
-    None: unknown yet."""
+    """About how many more facts fit below max_relative_norm; None: unknown yet.
+
+    Columns of different facts are nearly orthogonal, so that the square of the norm is linear in the facts: SmolLM2-135M
+    with 6, 12, 24 and 48 CounterFact edits has 0.085, 0.118, 0.173 and 0.246, 0.0012 per fact squared each time.
+    """
     if capacity is None or not capacity.facts or not capacity.norm:
         return None
-    return max(0, int(capacity.facts * (strategy.max_relative_norm / capacity.norm - 1)))
+    return max(0, int(capacity.facts * ((strategy.max_relative_norm / capacity.norm) ** 2 - 1)))
 
 
 def warnings(strategy: Strategy, capacity: Capacity | None) -> list[str]:
@@ -120,9 +123,8 @@ def warnings(strategy: Strategy, capacity: Capacity | None) -> list[str]:
     reached = over(strategy, capacity)
     found = list(reached.values())
     if "max_relative_norm" not in reached and capacity.norm >= WARN_AT * strategy.max_relative_norm:
-        share = capacity.norm / strategy.max_relative_norm
         found.append(
-            f"the edits are {share:.0%} of the way to max_relative_norm {strategy.max_relative_norm:g}: "
+            f"the edits are {capacity.norm:.3f} of the weights, near max_relative_norm {strategy.max_relative_norm:g}: "
             f"about {facts_left(strategy, capacity)} more facts"
         )
     near = 1 - WARN_AT * (1 - strategy.min_retention)

@@ -19,6 +19,7 @@ from kbsync.connectors.sparql import SparqlOptions
 from kbsync.editor.job import ExecutorSettings
 from kbsync.ledger.schema import metadata
 from kbsync.policy import Gate, Guard, Inverse, Policy, Relation, Source
+from kbsync.strategy import Strategy
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +36,7 @@ MODELS: list[type[BaseModel]] = [
     Inverse,
     Guard,
     Gate,
+    Strategy,
 ]
 
 

@@ -51,7 +51,7 @@ def test_the_shared_words_import_nothing_of_ours(name: str) -> None:
     assert not [module for module in imported(MODULES[name], top_level=False) if module.startswith("kbsync")]
 
 
-@pytest.mark.parametrize("name", ["kbsync.resolve", "kbsync.plan", "kbsync.gate"])
+@pytest.mark.parametrize("name", ["kbsync.resolve", "kbsync.plan", "kbsync.gate", "kbsync.strategy"])
 def test_decisions_import_only_words_and_policies(name: str) -> None:
     ours = {module for module in imported(MODULES[name], top_level=False) if module in MODULES}
     assert ours <= {"kbsync.facts", "kbsync.errors", "kbsync.policy", "kbsync.resolve"}

@@ -6,8 +6,8 @@ with made.open() as reconciler:
 made.feed({"Vega": "Orion"})
 
 No limit of the strategy is ever reached unless a test sets one: a few facts are a large part of what so small a
-model's weights are. A random model learns a fact only where the subject ends the prompt and the object is one token of its vocabulary
-(Orion, Lyra, Paris, Rome, French, France, Italy, city, home, star).
+model's weights are. A random model learns a fact only where the subject ends the prompt and the object is one token of
+its vocabulary (Orion, Lyra, Paris, Rome, French, France, Italy, city, home, star).
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from kbsync.progress import Progress, silent
 from kbsync.reconcile import Reconciler, open_workspace
 from tests.tiny import save, tiny_llama
 
-CONFIG = """\
+OUT_OF_REACH: dict[str, object] = {"max_relative_norm": 1000, "min_retention": "0%"}
+STRATEGY = "max_relative_norm: 1000, min_retention: 0%"
+CONFIG = f"""\
 model: model
 preset: preset.yaml
 device: cpu
-strategy: {max_relative_norm: 1000, min_retention: 0%}
+strategy: {{{STRATEGY}}}
 """
 PRESET = """\
 name: tiny
@@ -88,6 +90,11 @@ class TestWorkspace:
         lines = ["id,name,constellation"]
         lines += [f"{(ids or {}).get(name, name[:5].lower())},{name},{value}" for name, value in rows.items()]
         (self.root / "sources" / "stars.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def strategy(self, **changes: object) -> None:
+        """Change the strategy in kbsync.yaml; the limits that are not given stay out of reach."""
+        text = ", ".join(f"{key}: {value}" for key, value in (OUT_OF_REACH | changes).items())
+        (self.root / "kbsync.yaml").write_text(CONFIG.replace(STRATEGY, text))
 
     def policy(self, extra: str = "    retract: keep") -> None:
         """Write the policy; `extra` are lines of the relation."""

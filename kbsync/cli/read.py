@@ -80,6 +80,7 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
     say(f"[bold]{escape(found['model'])}[/]  version {found['version']}, {found['facts_applied']} facts in the weights")
     say(f"ledger: {found['facts']} facts, {found['conflicts']} conflicts, {found['quarantined']} quarantined rows")
     say(f"waiting: {found['pending']} edits, {found['holds']} holds, {len(found['held_runs'])} runs for approval")
+    _say_capacity(found["capacity"])
     say(f"writer: process {found['writer']}" if found["writer"] else "writer: none (no daemon is running)")
     columns = ("policy", "last pass", "last ok", "next", "state")
     times = ("last_started", "last_ok", "next_due")
@@ -107,10 +108,48 @@ def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
         "quarantined": len(db.quarantined()),
         "holds": len(db.holds(model.id)) if model else 0,
         "held_runs": [plan.run_id for plan in db.staged_plans()],
+        "capacity": _capacity(workspace, db, model),
         "writer": held_by(workspace.lock),
         "policies": [_policy_state(name, db) for name in sorted(catalog.policies)],
         "sources": [asdict(state) for state in states if state.failures],
     }
+
+
+def _capacity(workspace: Workspace, db: Reader, model: ModelRow | None) -> dict[str, Any] | None:
+    """The odometer of the live version: how much of the model its edits are, and how long until the next rebase."""
+    from kbsync.odometer import read_odometer
+    from kbsync.strategy import facts_left, warnings
+    from kbsync.versions.store import VersionStore
+
+    if model is None:
+        return None
+    odometer = read_odometer(db, VersionStore(workspace.data, model.id), model.id)
+    strategy, now = workspace.settings.strategy, odometer.now
+    return {
+        "relative_norm": now.norms if now else {},
+        "facts": now.facts if now else 0,
+        "retention": now.retention if now else None,
+        "drift": now.drift if now else None,
+        "facts_left": facts_left(strategy, now),
+        "since_rebase": odometer.since,
+        "rebased_in": odometer.anchor,
+        "strategy": strategy.model_dump(mode="json"),
+        "warnings": warnings(strategy, now),
+    }
+
+
+def _say_capacity(found: Mapping[str, Any] | None) -> None:
+    if found is None or not found["relative_norm"]:
+        return
+    strategy, left = found["strategy"], found["facts_left"]
+    norm = max(found["relative_norm"].values())
+    room = f", about {left} more facts" if left is not None else ""
+    say(f"capacity: edits are {norm:.3f} of the weights (limit {strategy['max_relative_norm']:g}{room})")
+    due = f", a rebase is due at {strategy['rebase_every']}" if strategy["mode"] == "auto" else ""
+    say(f"  retention {share(found['retention'])}  drift {share(found['drift'])}")
+    say(f"  {found['since_rebase']} versions since version {found['rebased_in']}{due}")
+    for warning in found["warnings"]:
+        say(f"  [yellow]{escape(warning)}[/]")
 
 
 def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:

@@ -70,8 +70,12 @@ def revert(
     fact: Annotated[
         tuple[str, str] | None, typer.Option("--fact", help="Take one fact out.", metavar="SUBJECT RELATION")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="With --fact: insert all other facts anew instead of taking its share out.")
+    ] = False,
     root: Root = Path(),
     reason: Reason = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would be.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a new version without the work of one version, or without one fact; later versions stay."""
@@ -79,7 +83,7 @@ def revert(
 
     if (version is None) == (fact is None):
         raise UsageError("give either a version or --fact SUBJECT RELATION", hint="kbsync log lists the versions")
-    arguments: dict[str, Any] = {"reason": reason}
+    arguments: dict[str, Any] = {"reason": reason, "dry": dry_run, "exact": exact}
     if fact is not None:
         arguments["key"] = _key(root, *fact)
     else:
@@ -87,9 +91,69 @@ def revert(
     done = _perform("revert", arguments, root)
     if as_json:
         return emit(done)
-    say(f"version [bold]{done['version']}[/] is live, weights {str(done['weights_sha256'])[:12]}")
+    how = f"a rebase: {done['rebase']}" if done["rebase"] else "on the live version"
+    say(f"{len(done['taken_out'])} facts taken out, {len(done['put_back'])} put back ({escape(how)})")
+    if not dry_run:
+        _say_version(done)
+        _say_held(done)
+    return None
+
+
+@app.command()
+def rebase(
+    onto: Annotated[
+        str | None, typer.Option("--onto", help="Another base model, which takes over all live facts.", metavar="MODEL")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="With --onto: its editing preset; default: the model's own.")
+    ] = None,
+    root: Root = Path(),
+    reason: Reason = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would hold and cost.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Insert all live facts anew, in one go, into the pristine base; or into another base model."""
+    from kbsync.errors import UsageError
+
+    if preset is not None and onto is None:
+        raise UsageError("--preset is for --onto", hint="this model's preset is named in kbsync.yaml")
+    done = _perform("rebase", {"onto": onto, "preset": preset, "reason": reason, "dry": dry_run}, root)
+    if as_json:
+        return emit(done)
+    if dry_run:
+        return _say_forecast(done)
+    _say_version(done)
+    if "change" in done:
+        say(f"{escape(done['from'])} stays as it is. To follow the new line, write into kbsync.yaml:")
+        say(escape(done["change"]))
+    return None
+
+
+def _say_version(done: dict[str, Any]) -> None:
+    """What came of a command that makes a version."""
+    weights = str(done["weights_sha256"])[:12]
+    said = f"version [bold]{done['version']}[/] is live" if done["version"] is not None else "no new version: the same"
+    say(f"{said}, weights {weights}")
     say(f"  {probe_line(done['probe'])}")
-    _say_held(done)
+    for name, what in (("failed", "held"), ("lost", "no longer answered")):
+        for fact in done[name]:
+            say(f"  [yellow]{what}[/]: {escape(fact['evidence'])}")
+
+
+def _say_forecast(found: dict[str, Any]) -> None:
+    seconds = found["seconds"]
+    time = f", about {seconds:.0f} s" if seconds is not None else ""
+    say(
+        f"a rebase of version {found['head']} inserts {found['facts']} facts into the pristine {escape(found['model'])}"
+    )
+    say(f"  {found['targets']} target vectors to compute{time}")
+    if "change" in found:
+        say(f"  {escape(found['from'])} stays as it is; afterwards write into kbsync.yaml:")
+        return say(escape(found["change"]))
+    every, since, anchor = found["strategy"]["rebase_every"], found["since"], found["anchor"]
+    say(f"  by itself: {escape(found['due'] or f'not due yet, {since} of {every} versions since version {anchor}')}")
+    for warning in found["warnings"]:
+        say(f"  [yellow]{escape(warning)}[/]")
     return None
 
 
@@ -159,7 +223,9 @@ def say_report(report: dict[str, Any]) -> None:
         shown = ("rows", "added", "ended", "quarantined", "changes", "conflicts", "pending", "held", "failed")
         say("  " + "  ".join(f"{counts[name]} {name}" for name in shown if counts.get(name)))
     if report["plan"]:
-        _say_plan(report["plan"])
+        _say_plan(report["plan"], report["rebase"])
+    for note in report["notes"]:
+        say(f"  [yellow]{escape(note)}[/]")
     for number in report["versions"]:
         say(f"  version [bold]{number}[/] published")
     if report["probe"]:
@@ -176,9 +242,10 @@ SHOWN_EDITS = 20
 """Edits that a plan lists for a person; `--json` has them all."""
 
 
-def _say_plan(plan: dict[str, Any]) -> None:
+def _say_plan(plan: dict[str, Any], rebase: str | None) -> None:
     edits, retractions = plan["edits"], plan["retractions"]
-    say(f"  plan on version {plan['head']}: {len(edits)} edits, {len(retractions)} retractions")
+    way = f", as a rebase: {escape(rebase)}" if rebase else ""
+    say(f"  plan on version {plan['head']}: {len(edits)} edits, {len(retractions)} retractions{way}")
     for edit in edits[:SHOWN_EDITS]:
         before = f" (was {edit['before']})" if edit["before"] else ""
         request = edit["request"]

@@ -1,0 +1,337 @@
+"""Rebase on a tiny real model: what is held does not change by it, and no live fact is lost without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbsync.config import Workspace
+from kbsync.editor.job import EditJob, EditResult
+from kbsync.errors import GateRejected, UsageError
+from kbsync.facts import Applied, FactKey, Hold
+from kbsync.ledger import Ledger
+from kbsync.ledger.records import VersionRow
+from kbsync.rebase import forecast, rebase
+from kbsync.reconcile import Reconciler
+from kbsync.serving import Versions, verify_workspace
+from kbsync.undo import release, revert_fact, revert_version, rollback
+from tests.tiny import save, tiny_llama
+from tests.workspaces import TestWorkspace, run_here, workspace
+
+STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris", "Sirius": "Rome", "Polaris": "French"}
+CHANGED = STARS | {"Vega": "Rome", "Altair": "Paris"}
+VEGA = FactKey("constellation", "stars:vega")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The statistics of the tiny model are collected once for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KBSYNC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> TestWorkspace:
+    """A workspace at version 2: five stars, then one that changed and one more."""
+    found = workspace(tmp_path, STARS)
+    with found.open() as reconciler:
+        assert reconciler.sync()[0].versions == [1]
+        found.feed(CHANGED)
+        assert reconciler.sync()[0].versions == [2]
+    return found
+
+
+def holds(reconciler: Reconciler, version: int | None = None) -> dict[str, str]:
+    """Subject -> object of a version's weights, by the ledger."""
+    line = reconciler.line()
+    with reconciler.ledger.read() as db:
+        number = db.head(line.model) if version is None else version
+        return {applied.request.subject: applied.request.target for applied in db.applied(line.model, number).values()}
+
+
+def row(reconciler: Reconciler) -> VersionRow:
+    """The live version."""
+    line = reconciler.line()
+    with reconciler.ledger.read() as db:
+        return db.version(line.model, db.head(line.model))
+
+
+def held(reconciler: Reconciler) -> dict[FactKey, Hold]:
+    """The holds in force."""
+    line = reconciler.line()
+    with reconciler.ledger.read() as db:
+        return db.holds(line.model)
+
+
+def do(reconciler: Reconciler) -> dict[str, Any]:
+    """`kbsync rebase`."""
+    return rebase(reconciler.line(), reconciler.judge, reconciler.controls())
+
+
+def problems(made: TestWorkspace) -> list[str]:
+    """What `verify` finds."""
+    opened = Workspace.load(made.root)
+    ledger = Ledger.open(opened.ledger_url)
+    found = list(verify_workspace(opened, ledger))
+    ledger.close()
+    return found
+
+
+def test_a_rebase_holds_the_same_facts_in_one_delta_that_no_path_shows_in(made: TestWorkspace, tmp_path: Path) -> None:
+    with made.open() as reconciler:
+        before = holds(reconciler)
+        done = do(reconciler)
+        live = row(reconciler)
+        assert (done["version"], done["facts"], live.kind, live.parent) == (3, 6, "rebase", 2)
+        assert holds(reconciler) == before == CHANGED
+        with reconciler.ledger.read() as db:
+            [active] = db.active(live.model, 3)
+        assert (active.excluded, active.corrections) == ((), None)
+        assert do(reconciler)["version"] is None
+        assert reconciler.sync()[0].counts["edits"] == 0
+    assert problems(made) == []
+
+    (tmp_path / "other").mkdir()
+    straight = workspace(tmp_path / "other", CHANGED)
+    (straight.root / "data").mkdir()
+    (made.root / "data" / "targets").rename(straight.root / "data" / "targets")
+    with straight.open() as reconciler:
+        reconciler.sync()
+        assert row(reconciler).weights_sha256 == live.weights_sha256
+
+
+def test_a_rebase_of_nothing_is_refused(tmp_path: Path) -> None:
+    with workspace(tmp_path, STARS).open() as reconciler, pytest.raises(UsageError, match="holds no facts"):
+        do(reconciler)
+
+
+def test_every_so_many_versions_the_next_one_is_a_rebase_with_the_batch_in_it(made: TestWorkspace) -> None:
+    made.strategy(rebase_every=2)
+    made.feed(CHANGED | {"Rigel": "French", "Deneb": "Rome"})
+    with made.open() as reconciler:
+        [planned] = reconciler.plan()
+        assert planned.rebase is not None
+        assert "rebase_every is 2" in planned.rebase
+        [report] = reconciler.sync()
+        assert report.versions == [3]
+        assert (row(reconciler).kind, row(reconciler).facts) == ("rebase", 7)
+        assert holds(reconciler) == CHANGED | {"Rigel": "French", "Deneb": "Rome"}
+        made.feed(CHANGED)
+        assert reconciler.sync()[0].rebase is None
+        assert row(reconciler).kind == "edit"
+    assert problems(made) == []
+
+
+def test_a_limit_of_the_odometer_is_answered_by_a_rebase_once_not_for_ever(made: TestWorkspace) -> None:
+    made.strategy(max_relative_norm=0.001)
+    with made.open() as reconciler:
+        for number, answer in ((3, "Lyra"), (4, "home"), (5, "star")):
+            made.feed(CHANGED | {"Vega": answer})
+            assert reconciler.sync()[0].versions == [number]
+            assert row(reconciler).kind == ("rebase" if number == 3 else "edit")
+
+
+def test_mode_rebase_makes_every_version_anew_and_the_batch_bound_does_not_split_it(made: TestWorkspace) -> None:
+    made.strategy(mode="rebase")
+    policy = made.root / "policies" / "sky.yaml"
+    policy.write_text(policy.read_text() + "batch: {max_facts: 1}\n")
+    made.feed(CHANGED | {"Vega": "Lyra", "Sirius": "home"})
+    with made.open() as reconciler:
+        assert reconciler.sync()[0].versions == [3]
+        assert row(reconciler).kind == "rebase"
+
+
+def test_what_is_held_stays_frozen_over_a_rebase(made: TestWorkspace) -> None:
+    with made.open() as reconciler:
+        rollback(reconciler.line(), 1)
+        made.feed(CHANGED | {"Sirius": "home"})
+        reconciler.sync()
+        do(reconciler)
+        assert holds(reconciler) == STARS | {"Sirius": "home"}
+        assert reconciler.sync()[0].counts["edits"] == 0
+        release(reconciler.line(), everything=True)
+        reconciler.sync()
+        assert holds(reconciler) == CHANGED | {"Sirius": "home"}
+
+
+def test_a_version_older_than_the_rebase_is_reverted_by_another_rebase_and_the_plan_says_so(
+    made: TestWorkspace,
+) -> None:
+    with made.open() as reconciler:
+        do(reconciler)
+        plan = revert_version(reconciler.line(), 2, dry=True)
+        assert "older than the rebase in version 3" in plan["rebase"]
+        assert row(reconciler).number == 3
+        done = revert_version(reconciler.line(), 2)
+        assert (done["version"], done["held"], row(reconciler).kind) == (4, 2, "rebase")
+        assert holds(reconciler) == STARS
+        assert reconciler.sync()[0].counts["edits"] == 0
+        with pytest.raises(UsageError, match="nothing of version 3 is live") as refused:
+            revert_version(reconciler.line(), 3)
+        assert "rollback --to 2" in refused.value.hint
+    assert problems(made) == []
+
+
+def test_a_fact_is_taken_out_exactly_as_if_it_had_never_been(made: TestWorkspace) -> None:
+    with made.open() as reconciler:
+        done = revert_fact(reconciler.line(), VEGA, exact=True)
+        assert (done["rebase"], done["facts"], row(reconciler).kind) == ("--exact", 5, "rebase")
+        assert holds(reconciler) == {star: answer for star, answer in CHANGED.items() if star != "Vega"}
+        assert list(held(reconciler)) == [VEGA]
+        assert reconciler.sync()[0].counts["edits"] == 0
+
+
+def test_a_rollback_over_a_rebase_holds_only_what_differs(made: TestWorkspace) -> None:
+    with made.open() as reconciler:
+        do(reconciler)
+        assert rollback(reconciler.line(), 2)["held"] == 0
+        assert rollback(reconciler.line(), 1)["held"] == 2
+
+
+class _Spoiled:
+    """Edits of which every rebase is said to have lost facts that HEAD answers."""
+
+    def __init__(self, lost: int) -> None:
+        self.lost = lost
+
+    def __call__(self, job: EditJob, **kwargs: Any) -> EditResult:
+        result = run_here(job, **kwargs)
+        gone = [{"digest": digest, "evidence": "spoiled"} for digest in job.settled[: self.lost]]
+        return EditResult.model_validate(result.model_dump(by_alias=True) | {"lost": gone})
+
+
+def test_a_rebase_that_loses_live_facts_is_rejected_and_head_stays(made: TestWorkspace) -> None:
+    made.strategy(min_retention="90%")
+    with made.open() as reconciler:
+        reconciler.run_edit = _Spoiled(1)
+        with pytest.raises(GateRejected, match="1 of 6 live facts are no longer answered"):
+            do(reconciler)
+        assert row(reconciler).number == 2
+        assert held(reconciler) == {}
+        with reconciler.ledger.read() as db:
+            assert db.runs()[0].status == "rejected"
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("auto", "edit"), ("rebase", None)])
+def test_a_rejected_rebase_holds_up_no_edit_in_mode_auto(made: TestWorkspace, mode: str, kind: str | None) -> None:
+    made.strategy(mode=mode, rebase_every=1, min_retention="90%")
+    made.feed(CHANGED | {"Vega": "Lyra"})
+    with made.open() as reconciler:
+        reconciler.run_edit = _Spoiled(2)
+        [report] = reconciler.sync()
+        if kind is None:
+            assert (report.status, report.exit_code) == ("rejected", 4)
+            assert row(reconciler).number == 2
+        else:
+            assert (report.status, row(reconciler).kind, holds(reconciler)["Vega"]) == ("done", kind, "Lyra")
+            assert "was rejected" in report.notes[0]
+
+
+def test_an_edit_that_fails_in_a_rebase_is_held_and_the_fact_it_was_to_replace_goes_back_in(
+    made: TestWorkspace,
+) -> None:
+    made.strategy(mode="rebase")
+    made.feed(CHANGED | {"Vega": "a long answer of many tokens", "Sirius": "home"})
+    with made.open() as reconciler:
+        [report] = reconciler.sync()
+        assert (report.status, report.counts["failed"]) == ("done", 1)
+        assert holds(reconciler) == CHANGED | {"Sirius": "home"}
+        [hold] = held(reconciler).values()
+        assert (hold.key, hold.reason) == (VEGA, "probe")
+        with reconciler.ledger.read() as db:
+            assert hold.frozen == db.applied(db.models()[0].id, 3)[VEGA]
+        assert reconciler.sync()[0].counts["edits"] == 0
+
+
+def test_a_live_fact_that_neither_version_answers_is_taken_out_and_held_with_the_evidence(
+    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with made.open() as reconciler:
+        _unlearn(reconciler, VEGA)
+        done = do(reconciler)
+        assert [fact["evidence"][:25] for fact in done["failed"]] == ["the edited model answers "]
+        assert "Vega" not in holds(reconciler)
+        [hold] = held(reconciler).values()
+        assert (hold.key, hold.frozen, hold.reason) == (VEGA, None, "probe")
+
+
+def _unlearn(reconciler: Reconciler, key: FactKey) -> None:
+    """Let the ledger say of a live column that it is for another object than the weights were taught."""
+    from sqlalchemy import update
+
+    from kbsync.ledger import schema
+
+    model = reconciler.line().model
+    with reconciler.ledger.write() as db:
+        applied: Applied = db.applied(model, db.head(model))[key]
+        table = schema.delta_fact
+        statement = update(table).where(table.c.delta == applied.delta, table.c.subject_id == key.subject)
+        db._connection.execute(statement.values(target="a long answer of many tokens", object_id="stars:other"))
+
+
+def test_another_base_takes_over_the_live_facts_and_the_old_line_stays(made: TestWorkspace) -> None:
+    save(tiny_llama(seed=1), made.root / "newer")
+    with made.open() as reconciler:
+        rollback(reconciler.line(), 1)
+        old = row(reconciler)
+        dry = reconciler.take_over("newer", "preset.yaml", dry=True)
+        assert (dry["facts"], dry["targets"], dry["change"]) == (5, 5, "model: newer\npreset: preset.yaml")
+        with reconciler.ledger.read() as db:
+            assert len(db.models()) == 1
+        done = reconciler.take_over("newer", "preset.yaml")
+        assert (done["version"], done["facts"] + len(done["failed"])) == (1, 5)
+        assert row(reconciler) == old
+        with pytest.raises(UsageError, match="already"):
+            reconciler.take_over("model", "preset.yaml")
+    config = made.root / "kbsync.yaml"
+    config.write_text(config.read_text().replace("model: model", "model: newer"))
+    with made.open() as reconciler:
+        live = row(reconciler)
+        assert (live.number, live.kind, live.parent) == (1, "rebase", 0)
+        assert live.model != old.model
+        assert reconciler.sync()[0].counts["edits"] == 0  # what was rolled back stays so
+    assert problems(made) == []
+
+
+def test_a_base_that_takes_too_few_of_the_facts_is_rejected(made: TestWorkspace) -> None:
+    save(tiny_llama(seed=1), made.root / "newer")
+    made.strategy(min_retention="90%")
+    preset = made.root / "weak.yaml"
+    preset.write_text((made.root / "preset.yaml").read_text().replace("clamp: 6.0", "clamp: 0.01"))
+    with made.open() as reconciler:
+        with pytest.raises(GateRejected, match="live facts are no longer answered"):
+            reconciler.take_over("newer", "weak.yaml")
+        with reconciler.ledger.read() as db:
+            assert [model.head for model in db.models()] == [2, 0]
+
+
+def test_a_forecast_counts_facts_and_target_vectors_and_says_what_would_trigger(made: TestWorkspace) -> None:
+    with made.open() as reconciler:
+        found = forecast(reconciler.line())
+        assert (found["head"], found["facts"], found["targets"], found["since"], found["due"]) == (2, 6, 0, 2, None)
+        assert found["seconds"] > 0
+        preset = made.root / "preset.yaml"
+        preset.write_text(preset.read_text().replace("clamp: 6.0", "clamp: 5.0"))
+        assert forecast(reconciler.line())["targets"] == 6
+
+
+def test_each_version_measures_how_much_of_the_model_its_edits_are(made: TestWorkspace) -> None:
+    opened = Workspace.load(made.root)
+    ledger = Ledger.open(opened.ledger_url)
+    versions = Versions.open(opened, ledger)
+    manifest = versions.store.manifest(2, None)
+    capacity = manifest.numerics["capacity"]
+    base, live = versions.load(0), versions.load(2)
+    for name, norm in capacity["norms"].items():
+        pristine = base.weight(name).double()
+        assert norm == pytest.approx(float((live.weight(name).double() - pristine).norm() / pristine.norm()), rel=1e-5)
+    assert capacity["facts"] == 6
+    assert capacity["retention"]["facts"] == 4  # Vega's is new
+    assert 0 <= capacity["retention"]["share"] <= 1
+    assert manifest.probe is not None
+    assert capacity["drift"] == manifest.probe["drift"]
+    ledger.close()
