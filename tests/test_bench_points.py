@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from kbsync.bench import mix, points, scaling
 from kbsync.bench.data import counterfact_records
 from kbsync.bench.grids import ablation_points, frontier_points
-from kbsync.bench.lab import PRISTINE, Laboratory
+from kbsync.bench.lab import PRISTINE, Laboratory, Weights
 from kbsync.bench.points import Point, attention_spec, front
 from kbsync.bench.settings import changed
+from kbsync.editor.baselines import FineTuning, finetune, rome, rome_settings
 from kbsync.editor.datasets import CounterFactRecord
 from kbsync.editor.evaluate import summarise
 from kbsync.editor.preset import Preset
 from kbsync.errors import EditError, UsageError
+from kbsync.facts import EditRequest
 from tests.labs import bench, tiny_dataset, tiny_laboratory, tiny_options
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_preset
 
@@ -143,6 +145,38 @@ def test_scaling_takes_the_first_facts_of_each_number(lab: Laboratory, records: 
     assert found[0].drift["holdout"].kl < found[2].drift["holdout"].kl
 
 
+def test_other_methods_are_measured_beside_memit(lab: Laboratory, records: list[CounterFactRecord]) -> None:
+    """ROME goes on from fact to fact, FT-W takes the first n at once; the network is as it was afterwards."""
+    before = {name: value.clone() for name, value in lab.base.network.state_dict().items()}
+    found = scaling.measure(lab, records, [2, 4], methods=["memit", "rome", "ft-w"], texts=lab.held_out()).points
+    assert [(point.method, point.facts) for point in found] == [
+        (name, facts) for name in ("memit", "rome", "ft-w") for facts in (2, 4)
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in lab.base.network.state_dict().items())
+    settings = rome_settings(lab.preset)
+    requests = [record.request for record in records[:4]]
+    weights = lab.plus(PRISTINE, rome(lab.base, requests, lab.statistics, settings), facts=4)
+    assert found[3].drift["holdout"].kl == pytest.approx(lab.drift(weights)["holdout"].kl, rel=1e-3)
+    weights = lab.plus(PRISTINE, finetune(lab.base, requests, FineTuning.of(lab.base)), facts=4)
+    assert found[5].scores == summarise(lab.scores(weights, records[:4]))
+    assert {"rome", "score"} <= found[3].seconds.keys()
+
+
+def test_a_method_that_stops_leaves_the_larger_numbers_out(
+    lab: Laboratory, records: list[CounterFactRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit = Laboratory.edit
+
+    def fragile(self: Laboratory, weights: Weights, requests: list[EditRequest], *rest: Any, **more: Any) -> Weights:
+        if len(requests) > 2:
+            raise EditError("not finite")
+        return edit(self, weights, requests, *rest, **more)
+
+    monkeypatch.setattr(scaling.Laboratory, "edit", fragile)
+    found = scaling.measure(lab, records, [1, 2, 4, 8]).points
+    assert [(point.stopped, point.scores is None) for point in found] == [("", False)] * 2 + [("not finite", True)] * 2
+
+
 def test_a_mix_is_compared_with_its_own_facts_alone(lab: Laboratory, folder: Path) -> None:
     every = counterfact_records(f"counterfact:{tiny_dataset(folder)}")
     found = mix.measure(lab, mix.pairs(every, count=3, facts=4))
@@ -170,7 +204,7 @@ def test_relations_with_too_few_records_are_named(folder: Path) -> None:
 COMMANDS = [
     ("frontier", "--facts", "4", "--point", "as it is:", "--point", "deep: layers=2+3,covariance_weight=0.5"),
     ("ablation", "--facts", "4", "--evaluate", "3", "--point", "as it is:"),
-    ("scaling", "--facts", "1,4"),
+    ("scaling", "--facts", "1,4", "--method", "memit,ft-w"),
     ("mix", "--facts", "2"),
 ]
 

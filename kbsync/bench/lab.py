@@ -85,6 +85,11 @@ class Laboratory:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
+    def since(self, before: Mapping[str, float]) -> dict[str, float]:
+        """Seconds by phase that have passed since `seconds` was `before`."""
+        passed = {phase: round(value - before.get(phase, 0.0), 2) for phase, value in self.seconds.items()}
+        return {phase: value for phase, value in passed.items() if value}
+
     def with_preset(self, preset: Preset) -> Laboratory:
         """The same laboratory with other settings; statistics are collected where they lack a layer or are of
         another text."""
@@ -145,6 +150,11 @@ class Laboratory:
             masters[name] = masters[name] + change.to(masters[name].device)
             keys[name] = torch.cat([weights.keys[name], keys[name]]) if name in weights.keys else keys[name]
         return Weights(masters, keys, weights.facts + len(requests))
+
+    def plus(self, weights: Weights, deltas: Mapping[str, Tensor], *, facts: int) -> Weights:
+        """`weights` with Δ [d, f] by module added, which put `facts` more facts into them in some other way."""
+        moved = {name: weights.masters.get(name, self.base.weight(name).double()) + one for name, one in deltas.items()}
+        return Weights({**weights.masters, **moved}, weights.keys, weights.facts + facts)
 
     def scores(self, weights: Weights, records: Sequence[CounterFactRecord]) -> list[RecordScores]:
         """What holds of each record under `weights`."""

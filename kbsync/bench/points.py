@@ -7,7 +7,6 @@ result.points[0].scores.score, result.points[0].drift
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -37,7 +36,7 @@ class Point:
 
 @dataclass(slots=True)
 class Measured:
-    """A point: scores, drift by text, ‖ΔW‖/‖W‖ by module, seconds without targets. `stopped`: why there are none.
+    """A point: scores, drift by text, ‖ΔW‖/‖W‖ by module, seconds by phase. `stopped`: why there are none.
     `pareto`: no other point has at least its S at no more change of the perplexity."""
 
     name: str
@@ -47,7 +46,7 @@ class Measured:
     scores: CounterFactScores | None = None
     drift: Mapping[str, Drift] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
     pareto: bool = False
     stopped: str = ""
 
@@ -97,13 +96,11 @@ def _measure(
     lab: Laboratory, point: Point, records: Sequence[CounterFactRecord], scored: Sequence[CounterFactRecord]
 ) -> Measured:
     found = Measured(point.name, dict(point.changes), point.attention, lab.preset.digest)
-    requests = [record.request for record in records]
+    requests, before = [record.request for record in records], dict(lab.seconds)
     try:
-        targets = lab.targets(requests)
-        start = time.perf_counter()
-        weights = lab.edit(PRISTINE, requests, targets)
+        weights = lab.edit(PRISTINE, requests, lab.targets(requests))
         found.scores, found.drift = summarise(lab.scores(weights, scored)), lab.drift(weights)
-        found.norms, found.seconds = lab.norms(weights), round(time.perf_counter() - start, 2)
+        found.norms, found.seconds = lab.norms(weights), lab.since(before)
     except EditError as error:  # settings that ruin the model are a result
         found.stopped = error.message
     return found

@@ -93,7 +93,7 @@ def scaling_table(result: Result) -> Table:
     columns = ("method", "facts", *SCORES, "KL", "perplexity", "seconds", "unedited S")
     rows: list[Sequence[object]] = []
     for point in result["points"]:
-        numbers = (*score_cells(point["scores"]), *drift_cells(point["drift"]), f"{point['seconds']:.1f}")
+        numbers = (*score_cells(point["scores"]), *drift_cells(point["drift"]), f"{sum(point['seconds'].values()):.1f}")
         before = interval(point["unedited"]["score"])
         rows.append((point["method"], point["facts"], *numbers, point["stopped"] or before))
     return columns, rows

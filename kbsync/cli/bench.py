@@ -66,7 +66,7 @@ def sequential(
     from kbsync.bench.sequential import STRATEGIES, measure
     from kbsync.plots.bench import draw_sequential
 
-    records, chosen = counterfact_records(dataset, facts), _chosen(strategy, STRATEGIES, "strategy")
+    records, chosen = counterfact_records(dataset, facts), _chosen(_split(strategy), STRATEGIES, "strategy")
     with _laboratory(model, preset, changes, device) as lab:
         found = measure(lab, records, batch=batch, strategies=chosen, texts=lab.held_out(text))
     result = document("sequential", lab, dataset, facts=facts, batch=batch) | found.to_json()
@@ -123,6 +123,7 @@ def ablation(
 def scaling(
     dataset: Dataset,
     facts: Annotated[str, typer.Option("--facts", help="Numbers of facts.", metavar="N,N,…")] = "1,3,10,32,100,316",
+    method: Annotated[list[str] | None, typer.Option(help="memit, rome, ft-w; repeatable. Default: memit.")] = None,
     text: Text = None,
     model: Model = MODEL,
     preset: PresetName = "",
@@ -131,17 +132,17 @@ def scaling(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Scores over the number of facts inserted at once (Figure 5 of the paper)."""
+    """Scores over the number of facts inserted (Figure 5 of the paper), by MEMIT, ROME and FT-W."""
     from kbsync.bench.conditions import document
     from kbsync.bench.data import counterfact_records
     from kbsync.bench.report import scaling_table
-    from kbsync.bench.scaling import measure
+    from kbsync.bench.scaling import METHODS, measure
     from kbsync.plots.bench import draw_scaling
 
-    counts = _counts(facts)
+    counts, chosen = _counts(facts), _chosen(_split(method) or ["memit"], METHODS, "method")
     records = counterfact_records(dataset, max(counts))
     with _laboratory(model, preset, changes, device) as lab:
-        found = measure(lab, records, counts, texts=lab.held_out(text))
+        found = measure(lab, records, counts, methods=chosen, texts=lab.held_out(text))
     result = document("scaling", lab, dataset, facts=max(counts), counts=counts) | found.to_json()
     _show(result, scaling_table, draw_scaling, plot, as_json)
 
@@ -213,9 +214,14 @@ def _points(texts: Sequence[str] | None) -> list[Point]:
     return [Point(name, changes) for name, changes in points(texts or ()).items()]
 
 
-def _chosen(wanted: Sequence[str] | None, known: Mapping[str, object], what: str) -> list[str]:
+def _split(texts: Sequence[str] | None) -> list[str]:
+    """The names of an option that may be repeated or hold several, parted by commas."""
+    return [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
+
+
+def _chosen(wanted: Sequence[str], known: Mapping[str, object], what: str) -> list[str]:
     """Those asked for, or all. Raises UsageError for one that is not known."""
-    for name in wanted or ():
+    for name in wanted:
         if name not in known:
             raise UsageError(f"{what} {name!r} is not known", hint=f"one of: {', '.join(known)}")
     return list(wanted or known)
