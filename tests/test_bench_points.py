@@ -96,6 +96,17 @@ def test_the_default_points_are_presets_and_differ(lab: Laboratory) -> None:
             assert mlp.count(preset.digest) == 1
 
 
+def test_every_default_point_is_another_edit(lab: Laboratory, records: list[CounterFactRecord]) -> None:
+    """No setting of the grids is without effect in the engine; λ grows with the facts only beyond a hundred."""
+    lab = lab.with_preset(changed(lab.preset, {"stop_loss": 0.0}))
+    grids = (frontier_points(lab.preset), ablation_points(lab.preset, lab.base.layers))
+    wanted = {point.name: point for grid in grids for point in grid if "covariance_growth" not in point.changes}
+    found = points.measure(lab, list(wanted.values()), records).points
+    assert [one.stopped for one in found] == [""] * len(found)
+    alike = {tuple(sorted(one.norms.items())): one.name for one in found}
+    assert sorted(alike.values()) == sorted(wanted)
+
+
 def test_points_of_more_or_fewer_layers_share_the_targets() -> None:
     preset = Preset.model_validate(tiny_preset(layers=(4, 5, 6, 7, 8)).model_dump())
     found = {point.name: changed(preset, point.changes) for point in frontier_points(preset)}
