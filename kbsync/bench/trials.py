@@ -101,6 +101,7 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
         "clamp": preset.clamp,
         "rate": preset.rate,
         "steps": preset.steps,
+        "stop_top": preset.stop_top,
         "worth": trial.worth if math.isfinite(trial.worth) else None,
         "scores": numbers(measured.scores) if measured.scores else None,
         "drift": measured.drift,

@@ -210,6 +210,7 @@ def _show_search(result: dict[str, Any]) -> None:
         rows = [
             (
                 *(f"{trial[name]:g}" for name in names),
+                "yes" if trial["stop_top"] else "no",
                 *((trial["scores"] or {}).get(score, "–") for score in ("ES", "PS", "NS", "S")),
                 f"{trial['drift']:.4f}",
                 trial["stopped"] or f"{trial['worth']:.2f}",
@@ -217,7 +218,7 @@ def _show_search(result: dict[str, Any]) -> None:
             for trial in rung["trials"][:SHOWN]
         ]
         title = f"best of {rung['candidates']} settings on {rung['facts']} facts"
-        table(title, (*names, "ES", "PS", "NS", "S", "drift", "worth"), rows)
+        table(title, (*names, "stop_top", "ES", "PS", "NS", "S", "drift", "worth"), rows)
     say(f"worth = S - {result['drift_weight']:g} x drift; unedited {result['unedited']}; {result['seconds']} s")
 
 

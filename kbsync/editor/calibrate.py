@@ -46,6 +46,7 @@ _SEARCHES: tuple[Mapping[str, Any], ...] = (
     {"clamp": 1.0},
     {"rate": 0.25},
     {"steps": 15},
+    {"stop_top": True},
 )
 """Ways to look for z: the paper's for GPT-J, and one thing changed at a time. λ does not touch z, so each way costs
 its z once, whatever the number of λ."""
