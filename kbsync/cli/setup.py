@@ -59,13 +59,42 @@ def check(root: Root = Path(), as_json: AsJson = False) -> None:
 
 
 @app.command()
-def doctor(root: Root = Path(), as_json: AsJson = False) -> None:
-    """Show what this machine and workspace are, and what an edit would need."""
-    found = _diagnosis(root)
+def doctor(
+    root: Root = Path(),
+    model: Annotated[
+        str | None, typer.Option("--model", help="Say what memory this model would need: a pulled id, or a folder.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what this machine and workspace are, or what memory a model would need (nothing is loaded)."""
+    found = _diagnosis(root) if model is None else _memory(root, model)
     if as_json:
         return emit(found)
     table("doctor", ("what", "found"), found.items())
     return None
+
+
+def _memory(root: Path, model: str) -> dict[str, Any]:
+    """What editing `model` would need, by part, and what there is, in GB; as kbsync.yaml says, where there is one."""
+    from kbsync.config import CONFIG, Settings, Workspace
+    from kbsync.editor.memory import assumed_preset, available, forecast
+    from kbsync.editor.preset import load_preset, packaged_presets
+    from kbsync.hub import resolve_model
+
+    workspace = Workspace.load(root) if (root / CONFIG).is_file() else None
+    settings = workspace.settings if workspace else Settings(model=model)
+    folder = resolve_model(model, root=root)
+    own = settings.preset or folder.name
+    if own in packaged_presets() or own.endswith(".yaml"):
+        preset = load_preset(root / own if own.endswith(".yaml") else own)
+    else:
+        preset = assumed_preset(folder.path)
+    needs, (memory, there) = forecast(folder.path, preset, dtype=settings.dtype), available(settings.device)
+    found: dict[str, Any] = {"model": folder.name, "preset": preset.name}
+    for part in ("weights", "masters", "statistics", "targets", "total"):
+        found[f"{part}_gb"] = round(getattr(needs, part) / 1e9, 3)
+    found |= {"memory": memory, "memory_gb": round(there / 1e9, 1), "fits": needs.total <= there}
+    return found
 
 
 def _diagnosis(root: Path) -> dict[str, Any]:
