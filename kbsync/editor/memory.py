@@ -67,7 +67,7 @@ def forecast(folder: Path, preset: Preset, *, dtype: str = "auto") -> Needs:
         )
     served = _dtype(folder, config, dtype)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=served)
+        network = AutoModelForCausalLM.from_config(config, dtype=served)  # type: ignore[no-untyped-call]
     d, f = _shape(network, spec)
     edited = len(preset.layers)
     return Needs(
@@ -89,7 +89,7 @@ def assumed_preset(folder: Path) -> Preset:
         clamp=1,
         rate=1,
         steps=1,
-        token_budget=1024,
+        token_budget=2048,
         chat_context=False,
     )
 
@@ -109,7 +109,7 @@ def targets_bytes(config: Any, shape: tuple[int, int], preset: Preset, size: int
     tokens, above = preset.token_budget, config.num_hidden_layers - preset.layers[-1]
     states = tokens * above * (3 * f + 12 * d)
     past = 6 * above * _BEFORE * tokens // _SUFFIX * heads * width
-    return (states + past) * size + int(12 * _PREDICTED * tokens * config.vocab_size)
+    return int(states + past) * size + int(12 * _PREDICTED * tokens * config.vocab_size)
 
 
 def available(device: str) -> tuple[str, int]:
