@@ -78,6 +78,14 @@ def test_a_user_syncs_looks_asks_and_rolls_back(line: Line) -> None:
     feed(line, STARS | {"Vega": "Rome", "Sirius": "French"})
     [report] = line.json("sync")["reports"]
     assert (report["status"], report["versions"], report["counts"]["edits"]) == ("done", [2], 2)
+    assert "not due yet, 2 of 20 versions" in line.run("rebase", "--dry-run")
+    assert line.json("rebase", "--dry-run")["facts"] == 4
+    assert "2 versions since version 0, a rebase is due at 20" in line.run("status")
+    assert line.json("status")["capacity"]["facts"] == 4
+    assert "1 facts taken out, 0 put back (on the live version)" in line.run(
+        "revert", "--fact", "Deneb", "constellation", "--dry-run"
+    )
+    assert "--onto" in line.fails("rebase", "--preset", "x", code=2)[0]
 
     log = line.json("log")
     assert [(version["number"], version["live"], version["holds"]) for version in log] == [

@@ -118,6 +118,8 @@ def test_a_second_daemon_is_refused_and_commands_go_through_the_first(
     made.feed(STARS | {"Sirius": "Rome"})
     [report] = perform(made.root, "sync", {}, user="ada")["reports"]
     assert (report["versions"], report["counts"]["held"]) == ([2], 3)
+    assert perform(made.root, "rebase", {"dry": True}, user="ada")["facts"] == 1
+    assert perform(made.root, "revert", {"key": ["constellation", "stars:siriu"], "exact": True}, user="ada")["rebase"]
     ledger = Ledger.open(Workspace.load(made.root).ledger_url)
     with ledger.read() as db:
         assert db.runs()[0].user == "ada"

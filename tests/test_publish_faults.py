@@ -67,6 +67,18 @@ def made(tmp_path: Path) -> TestWorkspace:
     return found
 
 
+def killed(made: TestWorkspace, step: str, when: str) -> subprocess.CompletedProcess[bytes]:
+    """A pass in a process that kills itself at that step."""
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", KILLED_AT, str(made.root), step, when],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        timeout=300,
+    )
+
+
 def head_and_problems(made: TestWorkspace) -> tuple[int, list[str]]:
     """The ledger's HEAD, and what `verify` finds once a writer has opened the workspace again."""
     with made.open() as reconciler:
@@ -87,14 +99,7 @@ def head_and_problems(made: TestWorkspace) -> tuple[int, list[str]]:
 def test_a_kill_at_any_step_of_publication_leaves_head_old_or_new_and_the_next_pass_converges(
     made: TestWorkspace, step: str, when: str
 ) -> None:
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT, str(made.root), step, when],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        timeout=300,
-    )
+    done = killed(made, step, when)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     head, problems = head_and_problems(made)
     published = step == "HEAD"  # the row in the ledger is what publishes; HEAD only follows
@@ -103,6 +108,22 @@ def test_a_kill_at_any_step_of_publication_leaves_head_old_or_new_and_the_next_p
         [report] = reconciler.sync()
         assert report.versions == ([] if published else [2])
         assert reconciler.sync()[0].counts["edits"] == 0
+    assert head_and_problems(made) == (2, [])
+
+
+@pytest.mark.parametrize(("step", "when"), [("delta", "after"), ("ledger", "before"), ("HEAD", "before")])
+def test_a_kill_in_a_rebase_leaves_head_old_or_new_too(made: TestWorkspace, step: str, when: str) -> None:
+    made.strategy(mode="rebase")
+    assert killed(made, step, when).returncode == -signal.SIGKILL
+    head, problems = head_and_problems(made)
+    published = step == "HEAD"
+    assert (head, problems) == (2 if published else 1, [])
+    with made.open() as reconciler:
+        assert reconciler.sync()[0].versions == ([] if published else [2])
+        with reconciler.ledger.read() as db:
+            [model] = db.models()
+            assert db.version(model.id, 2).kind == "rebase"
+            assert len(db.active(model.id, 2)) == 1
     assert head_and_problems(made) == (2, [])
 
 

@@ -7,22 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import kbsync
 from kbsync.config import Workspace
+from kbsync.editor import worker
+from kbsync.editor.answers import answers, log_probabilities
 from kbsync.editor.job import EditJob, EditResult
+from kbsync.editor.memit import insert
+from kbsync.editor.target_store import TargetStore
+from kbsync.editor.targets import Target
 from kbsync.errors import GateRejected, UsageError
-from kbsync.facts import Applied, FactKey, Hold
+from kbsync.facts import Applied, EditRequest, FactKey, Hold
 from kbsync.ledger import Ledger
 from kbsync.ledger.records import VersionRow
 from kbsync.rebase import forecast, rebase
 from kbsync.reconcile import Reconciler
 from kbsync.serving import Versions, verify_workspace
 from kbsync.undo import release, revert_fact, revert_version, rollback
+from kbsync.versions.delta import read_delta
 from tests.tiny import save, tiny_llama
 from tests.workspaces import TestWorkspace, run_here, workspace
 
 STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris", "Sirius": "Rome", "Polaris": "French"}
 CHANGED = STARS | {"Vega": "Rome", "Altair": "Paris"}
+LAYER = "model.layers.2.mlp.down_proj"
 VEGA = FactKey("constellation", "stars:vega")
 
 
@@ -248,7 +257,7 @@ def test_an_edit_that_fails_in_a_rebase_is_held_and_the_fact_it_was_to_replace_g
 
 
 def test_a_live_fact_that_neither_version_answers_is_taken_out_and_held_with_the_evidence(
-    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch
+    made: TestWorkspace,
 ) -> None:
     with made.open() as reconciler:
         _unlearn(reconciler, VEGA)
@@ -335,3 +344,107 @@ def test_each_version_measures_how_much_of_the_model_its_edits_are(made: TestWor
     assert manifest.probe is not None
     assert capacity["drift"] == manifest.probe["drift"]
     ledger.close()
+
+
+def test_incremental_keeps_the_keys_of_live_facts_over_a_restart_and_takes_superseded_ones_out(
+    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def spy(*args: Any, protected: Any, **kwargs: Any) -> Any:
+        seen.append(protected)
+        return insert(*args, protected=protected, **kwargs)
+
+    monkeypatch.setattr(worker, "insert", spy)
+    made.feed(CHANGED | {"Deneb": "Rome", "Rigel": "home"})
+    with made.open() as reconciler:
+        reconciler.sync()
+        model = reconciler.line().model
+        with reconciler.ledger.read() as db:
+            first, second, third = db.active(model, 3)
+            held = db.applied(model, 3).values()
+    keys = torch.cat(
+        [read_delta(made.root / "data/deltas/sha256", one.delta).factors[LAYER].keys for one in (first, second)]
+    )
+    gone = set(first.excluded)
+    live = [column for column in range(len(keys)) if column not in gone]
+    assert len(gone) == 2  # Vega in version 2, Deneb in version 3
+    assert (second.excluded, third.excluded, second.corrections is not None) == ((), (), True)
+    assert torch.equal(seen[0][LAYER], keys[live])
+    assert len(held) == len(live) + 2
+
+
+def test_a_fact_without_a_target_vector_is_reported_and_held_not_written(
+    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = TargetStore.get
+
+    def nowhere(store: TargetStore, request: EditRequest) -> Target | None:
+        if request.target == "home":
+            return Target(torch.full((32,), torch.nan), float("nan"), 3, False, True)
+        return get(store, request)
+
+    monkeypatch.setattr(TargetStore, "get", nowhere)
+    made.feed(CHANGED | {"Vega": "home", "Sirius": "star"})
+    with made.open() as reconciler:
+        [report] = reconciler.sync()
+        assert (report.status, report.versions, report.counts["failed"]) == ("done", [3], 1)
+        [hold] = held(reconciler).values()
+        assert (hold.key, hold.reason) == (VEGA, "probe")
+        assert hold.evidence == "no target vector for 'home': a loss of nan after 3 steps"
+        assert holds(reconciler) == CHANGED | {"Sirius": "star"}
+        assert reconciler.sync()[0].counts["edits"] == 0
+    assert problems(made) == []
+
+
+def test_a_fact_of_a_delta_stored_whole_leaves_by_a_rebase(tmp_path: Path) -> None:
+    many = {f"Star{number:02}": "Orion" for number in range(48)}
+    ids = {name: name for name in many}
+    found = workspace(tmp_path, {})
+    found.feed(many, ids)
+    with found.open() as reconciler:
+        assert reconciler.sync()[0].versions == [1]
+        assert row(reconciler).facts > 32  # more columns than rows: stored dense
+        star = next(iter(holds(reconciler)))
+        assert revert_fact(reconciler.line(), FactKey("constellation", f"stars:{star}"), dry=True)["rebase"]
+        found.feed(many | {star: "Italy"}, ids)
+        [report] = reconciler.sync()
+        assert report.rebase == "a fact is to leave a delta that is stored whole"
+        assert row(reconciler).kind == "rebase"
+
+
+def test_what_the_base_knows_takes_no_edit_is_asked_of_every_version_and_edited_once_forgotten(tmp_path: Path) -> None:
+    found = workspace(tmp_path, {})
+    found.policy("    skip_known: true")
+    policy = found.root / "policies" / "sky.yaml"
+    policy.write_text(policy.read_text().replace('["The home of {subject}"]', "[]"))
+    star, answer = _known_to_the_base(found)
+    found.feed({star: answer})
+    with found.open() as reconciler:
+        first = reconciler.sync()[0]
+        assert (first.versions, first.counts["edits"]) == ([], 1)
+        again = reconciler.sync()[0]
+        assert again.plan is not None
+        assert (again.counts["edits"], len(again.plan.known)) == (0, 1)
+
+        found.feed({star: answer} | STARS)
+        assert reconciler.sync()[0].versions == [1, 2]  # five edits of so small a model make it forget; then it learns
+        assert holds(reconciler, 1) == STARS
+        assert not log_probabilities(kbsync.load_model(found.root, 1), [(f"Where is {star}", answer)])[0].greedy
+        assert holds(reconciler, 2) == STARS | {star: answer}
+        assert log_probabilities(kbsync.load_model(found.root, 2), [(f"Where is {star}", answer)])[0].greedy
+        with reconciler.ledger.read() as db:
+            model = db.models()[0].id
+            assert (len(db.forgotten(model, 1)), len(db.forgotten(model, 2))) == (1, 0)
+            assert (len(db.known_to(model, 1)), len(db.known_to(model, 2))) == (0, 1)
+        assert reconciler.sync()[0].counts["edits"] == 0
+
+
+def _known_to_the_base(made: TestWorkspace) -> tuple[str, str]:
+    """A subject and an object that the random model happens to answer."""
+    base = kbsync.load_model(made.root)
+    stars = [f"{name}{number}" for name in ("Alpha", "Beta", "Gamma") for number in range(20)]
+    said = [one.text for one in answers(base, [f"Where is {star}" for star in stars], tokens=1)]
+    pairs = [(star, word) for star, word in zip(stars, said, strict=True) if word.isalpha()]
+    scored = log_probabilities(base, [(f"Where is {star}", word) for star, word in pairs])
+    return next(pair for pair, one in zip(pairs, scored, strict=True) if one.greedy)

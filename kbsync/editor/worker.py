@@ -10,6 +10,7 @@ Nothing is published here: the outcome is files named by their content, and a re
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -124,7 +125,9 @@ class _Editor:
         )
         found = {request.digest: target for request in requests if (target := store.get(request)) is not None}
         missing = [request for request in requests if request.digest not in found]
-        if missing:
+        if not missing:
+            return found
+        with self.timed("targets"):
             executor = open_executor(self.job.executor, self.base, self._replica())
             with closing(executor.map(missing)) as stream:
                 for count, (request, target) in enumerate(stream, start=1):
@@ -168,13 +171,18 @@ class _Editor:
             found[name] = float((matrix - pristine).norm() / pristine.norm())
         return found
 
-    def swapped(self, requests: Sequence[EditRequest], out: Sequence[FailedFact]) -> list[EditRequest]:
-        """`requests` without those that failed; what a rebase has in their place goes in instead."""
+    def without(
+        self, out: Sequence[FailedFact], requests: Sequence[EditRequest], targets: Mapping[str, Target]
+    ) -> tuple[list[EditRequest], dict[str, Target]]:
+        """The requests without those that failed, and the targets of what is left. What a rebase has in the place of
+        one that failed goes in instead, unless it has no target itself."""
         failed = {fact.digest for fact in out}
         kept = [request for request in requests if request.digest not in failed]
         back = [EditRequest.from_json(self.job.instead[digest]) for digest in failed & self.job.instead.keys()]
         wanted = {request.digest: request for request in (*kept, *back)}
-        return sorted(wanted.values(), key=lambda request: request.key)
+        found = {**targets, **self.targets(back)}
+        left = [request for digest, request in wanted.items() if not found[digest].diverged]
+        return sorted(left, key=lambda request: request.key), found
 
     def failing(self, attempt: _Attempt) -> list[FailedFact]:
         """The facts that the attempt's weights do not answer."""
@@ -269,15 +277,15 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
     # until the live columns are worked out.
     requests = [request for request in job.edit_requests() if not known.get(request.digest)]
     editor.job = job = _without_superseded(job, [digest for digest, answered in known.items() if answered])
-    with editor.timed("targets"):
-        targets = editor.targets(requests)
+    targets = editor.targets(requests)
+    if failed := [_diverged(request, targets) for request in requests if targets[request.digest].diverged]:
+        requests, targets = editor.without(failed, requests, targets)
     before = editor.answered_before()
     attempt = editor.attempt(requests, targets)
     failing = editor.failing(attempt)
-    if failed := [fact for fact in failing if fact.digest not in before]:
-        requests = editor.swapped(requests, failed)
-        with editor.timed("targets"):
-            targets |= editor.targets(requests)
+    if refused := [fact for fact in failing if fact.digest not in before]:
+        failed += refused
+        requests, targets = editor.without(refused, requests, targets)
         attempt = editor.attempt(requests, targets)
         failing = editor.failing(attempt) if before else []
     report = editor.report(attempt)
@@ -291,7 +299,7 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
         columns=tuple(request.digest for request in attempt.requests),
         failed=tuple(failed),
         answered=len(before),
-        lost=tuple(fact for fact in failing if fact.digest in before),
+        lost=tuple(fact for fact in (*failed, *failing) if fact.digest in before),
         known=known,
         forgotten=editor.forgotten(known, attempt.matrices),
         probe=report.to_json(),
@@ -326,6 +334,14 @@ def _without_superseded(job: EditJob, digests: Sequence[str]) -> EditJob:
     return job.model_copy(update={"live": live})
 
 
+def _diverged(request: EditRequest, targets: Mapping[str, Target]) -> FailedFact:
+    """Why a fact whose search for a target vector led nowhere is not written."""
+    target = targets[request.digest]
+    where = ", at the clamp" if target.clamped else ""
+    loss = f"a loss of {target.loss:.3g} after {target.steps} steps{where}"
+    return FailedFact(digest=request.digest, evidence=f"no target vector for {request.target!r}: {loss}")
+
+
 def _evidence(fact: FactProbe) -> str:
     return f"the edited model answers {fact.answer!r} (probability of the object {fact.probability:.2g})"
 
@@ -334,7 +350,11 @@ def _numerics(attempt: _Attempt, targets: Mapping[str, Target]) -> dict[str, Any
     """What the edit measured of itself."""
     found: dict[str, Any] = {
         "targets": {
-            digest: {"loss": target.loss, "steps": target.steps, "clamped": target.clamped}
+            digest: {
+                "loss": target.loss if math.isfinite(target.loss) else None,
+                "steps": target.steps,
+                "clamped": target.clamped,
+            }
             for digest, target in sorted(targets.items())
         }
     }
