@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_drift_is_the_kl_and_the_perplexity_of_the_text(lab: Laboratory, records
     requests = [record.request for record in records]
     weights = lab.edit(PRISTINE, requests, lab.targets(requests))
     ids = lab.statistics.holdout[:5, :20]
-    lab.watch([HeldOut("own", ids)])
+    lab = lab.watching([HeldOut("own", ids)])
     found = lab.drift(weights)["own"]
     old = lab.base.network(ids).logits[:, :-1].double().log_softmax(-1)
     with lab.holding(weights) as base:
@@ -219,8 +220,12 @@ def test_records_are_about_different_subjects(tmp_path: Path) -> None:
         counterfact_records("zsre:file.json")
 
 
-def test_a_result_names_its_conditions(lab: Laboratory) -> None:
-    found = json.loads(json.dumps(document("sequential", lab, "counterfact:x.json", facts=3)))
+def test_a_result_names_its_conditions(lab: Laboratory, tmp_path: Path) -> None:
+    """The data set by name and content, not by where it lies."""
+    path = tiny_dataset(tmp_path)
+    found = json.loads(json.dumps(document("sequential", lab, f"counterfact:{path}", facts=3)))
+    assert found["dataset"] == "counterfact:counterfact.json"
+    assert found["dataset_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert {"model", "preset", "dataset", "facts", "date", "libraries", "threads", "cores", "seconds"} <= found.keys()
     assert found["preset"]["digest"] == lab.preset.digest
     assert found["peak_memory_gb"] > 0

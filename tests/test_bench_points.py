@@ -169,7 +169,9 @@ def test_other_methods_are_measured_beside_memit(lab: Laboratory, records: list[
     settings = rome_settings(lab.preset)
     requests = [record.request for record in records[:4]]
     weights = lab.plus(PRISTINE, rome(lab.base, requests, lab.statistics, settings), facts=4)
-    assert found[3].drift["holdout"].kl == pytest.approx(lab.drift(weights)["holdout"].kl, rel=1e-3)
+    assert found[3].drift["holdout"].kl == pytest.approx(
+        lab.watching(lab.held_out()).drift(weights)["holdout"].kl, rel=1e-3
+    )
     weights = lab.plus(PRISTINE, finetune(lab.base, requests, FineTuning.of(lab.base)), facts=4)
     assert found[5].scores == summarise(lab.scores(weights, records[:4]))
     assert {"rome", "score"} <= found[3].seconds.keys()

@@ -78,6 +78,7 @@ def test_every_strategy_is_measured_after_each_batch_and_at_the_end(
 ) -> None:
     found = measure(lab, records, batch=4, strategies=list(STRATEGIES), texts=lab.held_out(), probe=5)
     assert list(found.runs) == list(STRATEGIES)
+    assert lab.drift(path_of(lab, records, "rebase")[0]) == {}  # this laboratory itself watches nothing
     for name, run in found.runs.items():
         assert [step.facts for step in run.steps] == ([9] if name == "one-batch" else [4, 8, 9])
         assert run.scores is not None

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from kbsync.bench.lab import Laboratory
+from kbsync.editor.datasets import dataset_of
+from kbsync.versions.files import sha256_of
 
 __all__ = ["document", "machine"]
 
@@ -28,6 +30,7 @@ def document(benchmark: str, lab: Laboratory, dataset: str, **more: Any) -> dict
 
     To be made at the end: seconds by phase and peak memory are those of the process so far.
     """
+    kind, path = dataset_of(dataset)
     return {
         "benchmark": benchmark,
         "model": lab.name,
@@ -41,7 +44,8 @@ def document(benchmark: str, lab: Laboratory, dataset: str, **more: Any) -> dict
         },
         "statistics_tokens": lab.statistics.tokens,
         "contexts": len(lab.statistics.contexts),
-        "dataset": dataset,
+        "dataset": f"{kind}:{path.name}",
+        "dataset_sha256": sha256_of(path),
         "seconds": {phase: round(value, 2) for phase, value in lab.seconds.items()},
         **more,
         **machine(),

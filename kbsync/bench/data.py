@@ -17,7 +17,7 @@ def counterfact_records(dataset: str, count: int | None = None) -> list[CounterF
     kind, path = dataset_of(dataset)
     if kind != "counterfact":
         raise UsageError(f"data set {dataset!r} cannot be used here", hint="--dataset counterfact:FILE")
-    records = distinct(load_counterfact(path.expanduser()))
+    records = distinct(load_counterfact(path))
     if len(records) < (count or 1):
         raise UsageError(
             f"{path}: has {len(records)} records about different subjects, {count} were asked for",

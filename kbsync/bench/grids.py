@@ -21,8 +21,6 @@ def frontier_points(preset: Preset) -> list[Point]:
         preset,
         [
             Point("preset", {}),
-            Point("λ / 3", {"covariance_weight": weight / 3}),
-            Point("λ × 3", {"covariance_weight": weight * 3}),
             Point("λ × 10", {"covariance_weight": weight * 10}),
             Point("λ grows as √n", {"covariance_growth": 0.5}),
             Point("λ grows as n", {"covariance_growth": 1.0}),

@@ -78,7 +78,7 @@ def measure(
     """
     presets = [changed(lab.preset, point.changes) for point in points]
     lab = lab.covering({layer for preset in presets for layer in preset.layers})
-    lab.watch(texts)
+    lab = lab.watching(texts)
     scored = _drawn(records, evaluate, lab.preset.seed)
     unedited = summarise(lab.scores(PRISTINE, scored))
     found = []

@@ -66,7 +66,7 @@ def measure(
     """
     counts = sorted(set(counts))
     records = records[: counts[-1]]
-    lab.watch(texts)
+    lab = lab.watching(texts)
     before = lab.scores(PRISTINE, records)
     found = []
     for name in methods:

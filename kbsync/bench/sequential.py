@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from kbsync.bench.lab import PRISTINE, Laboratory, Weights
@@ -105,13 +105,14 @@ def trajectory(lab: Laboratory, strategy: Strategy, requests: Sequence[EditReque
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is measured: after each batch `sample` (indices of records), with little text; at the end everything."""
+    """What is measured: after each batch `sample` (indices of records) and little text, by `between`; everything at the
+    end, by `after`."""
 
     records: Sequence[CounterFactRecord]
     batch: int
     sample: Sequence[int]
-    few: Sequence[HeldOut]
-    texts: Sequence[HeldOut]
+    between: Laboratory
+    after: Laboratory
 
 
 def measure(
@@ -126,41 +127,44 @@ def measure(
     """All strategies on the same facts. One batch always runs, first: the others are compared with it.
 
     The sample is drawn from all facts with the preset's seed; facts that are not edited yet are left out of it.
-    Between batches drift is measured on the first 768 tokens of the last text only.
+    Between batches it is scored with three neighborhood prompts of each fact, and drift is measured on the first 512
+    tokens of the last text only.
     """
     drawn = random.Random(lab.preset.seed).sample(range(len(records)), min(probe, len(records)))  # noqa: S311
-    plan = _Plan(records, batch, sorted(drawn), [text.first(FEW_TOKENS) for text in texts[-1:]], texts)
+    few = [text.first(FEW_TOKENS) for text in texts[-1:]]
+    plan = _Plan(records, batch, sorted(drawn), lab.watching(few), lab.watching(texts))
     unedited = summarise(lab.scores(PRISTINE, records))
-    runs = {name: _run(lab, name, plan) for name in dict.fromkeys((REFERENCE, *strategies))}
+    runs = {name: _run(name, plan) for name in dict.fromkeys((REFERENCE, *strategies))}
     for name, run in runs.items():
         if name != REFERENCE and run.records and runs[REFERENCE].records:
             run.difference = paired_difference(runs[REFERENCE].records, run.records)
     return Sequential(unedited, len(drawn), runs)
 
 
-FEW_TOKENS = 768
-"""Tokens between batches: a curve's worth, the same ones every time; the end is measured on all."""
+FEW_TOKENS, FEW_NEIGHBORS = 512, 3
+"""Tokens and neighborhood prompts of a fact between batches: a curve's worth, the same ones every time; the end is
+measured on all."""
 
 
-def _run(lab: Laboratory, name: str, plan: _Plan) -> Run:
+def _run(name: str, plan: _Plan) -> Run:
+    lab = plan.between
     run, weights, before = Run(name), PRISTINE, dict(lab.seconds)
-    lab.watch(plan.few)
     total = len(plan.records)
     try:
         for weights in trajectory(lab, STRATEGIES[name], [record.request for record in plan.records], plan.batch):
-            run.steps.append(_step(lab, weights, plan))
+            run.steps.append(_step(weights, plan))
             lab.progress(name, weights.facts, total)
-        lab.watch(plan.texts)
         run.records = lab.scores(weights, plan.records)
-        run.scores, run.drift = summarise(run.records), lab.drift(weights)
+        run.scores, run.drift = summarise(run.records), plan.after.drift(weights)
     except EditError as error:  # a strategy that ruins the model is a result, not a failure of the benchmark
         run.stopped = f"after {weights.facts} facts: {error.message}"
     run.seconds = lab.since(before)
     return run
 
 
-def _step(lab: Laboratory, weights: Weights, plan: _Plan) -> Step:
-    held = [plan.records[index] for index in plan.sample if index < weights.facts]
+def _step(weights: Weights, plan: _Plan) -> Step:
+    lab = plan.between
+    held = [_few(plan.records[index]) for index in plan.sample if index < weights.facts]
     first = [record.request for record in plan.records[: plan.batch]]
     return Step(
         facts=weights.facts,
@@ -169,3 +173,7 @@ def _step(lab: Laboratory, weights: Weights, plan: _Plan) -> Step:
         drift=lab.drift(weights),
         norms=lab.norms(weights),
     )
+
+
+def _few(record: CounterFactRecord) -> CounterFactRecord:
+    return replace(record, neighborhood=record.neighborhood[:FEW_NEIGHBORS])

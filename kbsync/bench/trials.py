@@ -33,8 +33,8 @@ class Trials:
     """
 
     def __init__(self, lab: Laboratory, records: Sequence[CounterFactRecord]) -> None:
-        self.lab, self.records = lab, records
-        lab.watch([text.first(DRIFT_TOKENS) for text in lab.held_out()])
+        self.lab = lab.watching([text.first(DRIFT_TOKENS) for text in lab.held_out()])
+        self.records = records
 
     def unedited(self, facts: int) -> CounterFactScores:
         """Scores of the first `facts` records before any edit."""

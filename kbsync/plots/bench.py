@@ -28,7 +28,10 @@ def draw_sequential(result: Result, path: Path) -> None:
             for name, run in result["strategies"].items():
                 places = [(step["facts"], value(step)) for step in run["steps"]]
                 known = [(x, y) for x, y in places if y is not None]
-                panel.plot([x for x, _ in known], [y for _, y in known], marker=".", label=name)
+                look: dict[str, Any] = (
+                    {"marker": "o", "ms": 3} if len(known) > 1 else {"marker": "*", "ms": 12, "ls": ""}
+                )
+                panel.plot([x for x, _ in known], [y for _, y in known], label=name, zorder=3, **look)
             panel.set(xlabel="facts held", ylabel=label)
             panel.grid(alpha=0.3)
         drawn.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
