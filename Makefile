@@ -6,7 +6,7 @@ MODEL := smollm2-135m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint check format model clean
+.PHONY: help demo test gpu lint check format model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -17,6 +17,9 @@ demo: model ## watch a real model learn a feed, a change of it, and a rollback
 # One thread per worker: small models lose more by threads that wait for each other than they gain.
 test: model ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist worksteal
+
+gpu: model ## the engine's tests on a CUDA device; its speed, memory and hashes there
+	@$(BIN)/python -m tests.gpu
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -23,7 +23,9 @@ from kbsync.editor.target_store import TargetStore
 from kbsync.errors import EditError
 from kbsync.versions.delta import read_delta
 from kbsync.versions.weights import served
-from tests.tiny import CONTEXTS, FACTS, request, tiny_gpt2, tiny_llama, tiny_preset
+from tests.gpu import main as gpu_main
+from tests.gpu import measure
+from tests.tiny import CONTEXTS, FACTS, request, tiny_gpt2, tiny_llama, tiny_preset, tiny_statistics
 from tests.workspaces import TestWorkspace, workspace
 
 ROOT = Path(__file__).parents[1]
@@ -221,3 +223,19 @@ def test_every_pitfall_names_tests_that_exist() -> None:
         for file, test in named:
             tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
             assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
+
+
+def test_what_make_gpu_measures_is_measured_and_repeats() -> None:
+    base, preset = tiny_llama(), tiny_preset()
+    found = measure(base, preset, tiny_statistics(base, preset), blocks=4)
+    assert found.statistics_tokens_per_second > 0
+    assert found.target_seconds_per_fact > 0
+    assert found.insert_seconds > 0
+    assert len(found.delta_sha256) == 2
+    assert len(set(found.delta_sha256)) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device; ends on one that has none")
+def test_make_gpu_without_a_gpu_says_so_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_main() == 1
+    assert capsys.readouterr().out == "no CUDA device on this machine: nothing was run\n"

@@ -36,8 +36,15 @@ __all__ = ["Replica", "libraries", "main", "open_base", "target_of"]
 
 
 def open_base(job: ModelJob) -> Base:
-    """The model of a job, loaded with the job's limit on GPU memory. Raises ModelError as `load_base` does."""
+    """The model of a job, loaded with the job's limit on GPU memory, on a GPU with kernels that repeat their results.
+
+    Raises ModelError as `load_base` does.
+    """
     base = load_base(Path(job.model_path), fingerprint=job.fingerprint, device=job.device, dtype=job.dtype)
+    if base.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
     if job.max_gpu_memory is not None and base.device.type == "cuda":
         for gpu in {parameter.device for parameter in base.network.parameters()}:
             total = torch.cuda.get_device_properties(gpu).total_memory
