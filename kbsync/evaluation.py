@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kbsync.bench.settings import changed
 from kbsync.config import Workspace
 from kbsync.editor.datasets import dataset_of, load_counterfact, load_facts, load_references, load_zsre
 from kbsync.editor.preset import Preset, load_preset, packaged_presets
@@ -109,14 +110,20 @@ def read_dataset(text: str, *, limit: int | None = None, references: Path | None
 
 
 def edit(
-    subject: Subject, requests: Sequence[EditRequest], *, method: str = "memit", progress: Progress = silent
+    subject: Subject,
+    requests: Sequence[EditRequest],
+    *,
+    method: str = "memit",
+    changes: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Let `subject.edited` be its base with `requests` put in, in memory: by MEMIT as one batch, or by a baseline
-    (`ft-w`, `rome`). Requests that cannot be placed in their tokens are left out and named in `about`.
+    (`ft-w`, `rome`). `changes` are other values for keys of the preset (ft-w: of its own settings). Requests that
+    cannot be placed in their tokens are left out and named in `about`.
 
-    Raises UsageError for another method, ModelError for a model without a preset, EditError as the engine does.
+    Raises UsageError for another method or key, ModelError for a model without a preset, EditError as the engine does.
     """
-    from kbsync.bench.methods import METHODS
+    from kbsync.bench.methods import METHODS, fine_tuning
     from kbsync.editor.model import weights_in
     from kbsync.versions.weights import served
 
@@ -127,15 +134,18 @@ def edit(
             f"model {subject.name}: no preset, so it cannot be edited",
             hint="kbsync calibrate, or name a YAML file with --preset",
         )
-    base, statistics = subject.base, _statistics(subject.base, subject.preset, progress)
+    chosen = fine_tuning(changes or {}) if method == "ft-w" else METHODS[method]
+    preset = subject.preset = changed(subject.preset, {} if method == "ft-w" else changes or {})
+    base, statistics = subject.base, _statistics(subject.base, preset, progress)
     fit, left_out = _placeable(base, requests, statistics.contexts)
     start = time.perf_counter()
-    masters = METHODS[method](base, subject.preset, fit, statistics, progress)
+    masters = chosen(base, preset, fit, statistics, progress)
     seconds = time.perf_counter() - start
     subject.edited = partial(weights_in, base, {name: served(one, base.dtype) for name, one in masters.items()})
     subject.texts = _held_out(statistics)
     subject.about |= {
         "method": method,
+        "changes": dict(changes or {}),
         "batch": len(fit),
         "left_out": left_out,
         "norms": _norms(base, masters),

@@ -144,6 +144,35 @@ def test_a_baseline_edits_the_same_records(folder: Path, method: str, modules: i
         assert sum(one.mean_log_probability for one in log_probabilities(subject.base, pairs)) > was
 
 
+def test_other_settings_are_those_of_the_method(folder: Path) -> None:
+    """Keys of the preset, or fine-tuning's own; what changed is named, and the settings' digest is another."""
+    model, preset = tiny_model(folder)
+    data = read_dataset(f"counterfact:{tiny_dataset(folder)}", limit=2)
+    norms, digests = [], set()
+    for method, changes in [
+        ("memit", {}),
+        ("memit", {"covariance_weight": 50.0}),
+        ("ft-w", {"rate": 1e-3}),
+        ("ft-w", {"rate": 1e-2}),
+    ]:
+        subject = open_model(str(model), str(preset), device="cpu")
+        edit(subject, data.requests, method=method, changes=changes)
+        found = evaluate(subject, data)
+        assert found["changes"] == changes
+        norms.append(sum(found["norms"].values()))
+        digests.add(found["settings"])
+    assert norms[1] < norms[0]
+    assert norms[2] < norms[3]
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(("method", "problem"), [("ft-w", "ft-w has no setting 'clamps'"), ("memit", "clamps")])
+def test_a_setting_that_a_method_does_not_have_is_refused(folder: Path, method: str, problem: str) -> None:
+    model, preset = tiny_model(folder)
+    with pytest.raises(UsageError, match=problem):
+        edit(open_model(str(model), str(preset), device="cpu"), [], method=method, changes={"clamps": 1})
+
+
 def test_another_method_is_refused(folder: Path) -> None:
     model, preset = tiny_model(folder)
     with pytest.raises(UsageError, match="method 'mend' is not known"):

@@ -48,6 +48,10 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first records of the data set.")] = None,
     edit: Annotated[bool, typer.Option("--edit", help="Edit the records first, in memory, on the base.")] = False,
     method: Annotated[str, typer.Option(help="With --edit: memit, or a baseline: ft-w, rome.")] = "memit",
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="With --edit: another value for a setting; repeatable.", metavar="KEY=V"),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A model instead of the workspace's version.")] = None,
     preset: Annotated[str | None, typer.Option(help="With --model: a preset or a YAML file.")] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Also let it write texts: GE, RS (minutes).")] = False,
@@ -59,6 +63,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a version's facts by relation, or a data set, against the base: before, after, difference."""
+    from kbsync.bench.settings import typed
     from kbsync.editor.assess import Dataset, Options
     from kbsync.evaluation import edit as insert
     from kbsync.evaluation import evaluate as measure
@@ -73,7 +78,7 @@ def evaluate(
         if not chosen.records:
             raise UsageError("there are no facts to measure", hint="kbsync sync, or --dataset kind:FILE")
         if edit:
-            insert(subject, chosen.requests, method=method, progress=progress)
+            insert(subject, chosen.requests, method=method, changes=typed(changes or ()), progress=progress)
         if text is not None:
             watch(subject, text)
         options = Options(write=generate or references is not None, seed=seed)
@@ -153,7 +158,8 @@ def _cell(interval: Mapping[str, float] | None, *, sign: bool = False) -> str:
     """`83.2 (78.1 to 87.5)`; – where nothing was measured."""
     if interval is None:
         return "–"
-    value = f"{interval['value']:+.1f}" if sign else f"{interval['value']:.1f}"
+    rounded = round(interval["value"], 1) + 0.0  # no -0.0
+    value = f"{rounded:+.1f}" if sign else f"{rounded:.1f}"
     return f"{value} ({interval['low']:.1f} to {interval['high']:.1f})"
 
 
