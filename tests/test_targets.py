@@ -32,6 +32,7 @@ def difference(one: dict[str, Target], other: dict[str, Target]) -> float:
     {"steps": 1},
     {"steps": 12, "stop_loss": 4.0},
     {"rate": 1.0, "rate_decay": 0.2},
+    {"betas": (0.5, 0.9)},
     {"steps": 20, "stop_top": True},
     {"early_contexts": 2, "early_steps": 3},
     {"early_contexts": 1, "early_steps": 5, "stop_loss": 4.5},

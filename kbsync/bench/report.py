@@ -14,6 +14,7 @@ __all__ = [
     "SCORES",
     "drift_cells",
     "drift_of",
+    "edit_table",
     "interval",
     "mix_table",
     "points_table",
@@ -109,3 +110,29 @@ def mix_table(result: Result) -> Table:
         difference = interval(pair["difference"]["score"], sign=True)
         rows.append((" + ".join(pair["relations"]), *score_cells(pair["mixed"]), difference))
     return columns, [*rows, ("all pairs", *[""] * len(SCORES), interval(result["difference"]["score"], sign=True))]
+
+
+def edit_table(result: Result) -> Table:
+    """One row per way to the same facts: seconds per fact, how much faster than the baseline, scores."""
+    paths: Mapping[str, Any] = result["paths"]
+    plain = paths.get("baseline")
+    columns = (
+        "way",
+        "facts",
+        "steps",
+        "z s/fact",
+        "x",
+        "insert s/fact",
+        "x",
+        *(f"{name}" for name in SCORES),
+        "S - exact",
+    )
+    rows: list[Sequence[object]] = []
+    for name, path in paths.items():
+        row: list[object] = [name, path["facts"], f"{path['steps']:.1f}"]
+        for phase in ("z_seconds", "insert_seconds"):
+            each = path[phase] / path["facts"]
+            row += [f"{each:.3f}", f"{plain[phase] / plain['facts'] / each:.1f}" if plain else "–"]
+        difference = result["differences"].get(name)
+        rows.append([*row, *score_cells(path["scores"]), interval(difference and difference["score"], sign=True)])
+    return columns, rows

@@ -46,6 +46,44 @@ Table = tuple[Sequence[str], list[Sequence[object]]]
 
 
 @bench_app.command()
+def edit(
+    dataset: Dataset,
+    facts: Facts = 32,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also by the plain algorithm, at most 32 of the facts.")
+    ] = False,
+    model: Model = MODEL,
+    preset: PresetName = "",
+    changes: Changes = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """What an edit costs: z, insertion and statistics, beside the plain algorithm in the same process."""
+    from kbsync.bench.conditions import document
+    from kbsync.bench.data import counterfact_records
+    from kbsync.bench.edit import measure
+    from kbsync.bench.report import edit_table
+
+    records = counterfact_records(dataset, facts)
+    with _laboratory(model, preset, changes, device) as lab:
+        found = measure(lab, records, baseline=min(facts, MOST_PLAIN) if baseline else 0)
+    result = document("edit", lab, dataset, facts=facts) | found.to_json()
+    _show(result, edit_table, None, None, as_json)
+    if not as_json:
+        table("rates", ("what", "value"), [(name, f"{value:.2f}") for name, value in _rates(result)])
+
+
+MOST_PLAIN = 32
+"""Facts that the plain algorithm is given at most: it takes many seconds for each."""
+
+
+def _rates(result: Result) -> Iterator[tuple[str, float]]:
+    yield from result["statistics"].items()
+    for name in ("z_gflop", "gflops_matrix_product", "z_share_of_matrix_rate", "peak_memory_gb"):
+        yield name, result[name]
+
+
+@bench_app.command()
 def sequential(
     dataset: Dataset,
     facts: Facts = 200,
@@ -251,7 +289,7 @@ def _show_points(result: Result, plot: Path | None, as_json: bool) -> None:
 def _show(
     result: Result,
     rows: Callable[[Result], Table],
-    draw: Callable[[Result, Path], None],
+    draw: Callable[[Result, Path], None] | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -263,7 +301,7 @@ def _show(
         emit(result)
     else:
         table(title(result), *rows(result))
-    if plot is not None:
+    if plot is not None and draw is not None:
         draw(result, plot)
         for file in files(plot) if not as_json else ():
             say(f"wrote {escape(str(file))}")

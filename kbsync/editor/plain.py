@@ -49,7 +49,7 @@ def _target(base: Base, request: EditRequest, contexts: Sequence[str], preset: P
     with torch.no_grad():
         h = _after(base, texts[list(contexts).index("{}")], top).to(dtype)
     delta = torch.zeros_like(h, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=preset.rate)
+    adam = torch.optim.Adam([delta], lr=preset.rate, betas=preset.betas)
     limit = preset.clamp * h.norm()
     before: Tensor | None = None
     clamped = False

@@ -25,6 +25,7 @@ __all__ = ["Preset", "load_preset", "packaged_presets"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 GROWTH_FACTS = 100
@@ -45,6 +46,8 @@ class Preset(BaseModel):
     """Largest ‖δ‖ as a share of ‖h‖ at the lookup token."""
     rate: Positive
     """Adam's learning rate for δ."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Adam's decay of the gradient's mean and of its square."""
     rate_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the rate that is left at the last update, reached geometrically; 1: the rate is constant."""
     steps: Count
@@ -107,7 +110,17 @@ class Preset(BaseModel):
     def target_digest(self) -> str:
         """sha256 of what a target vector depends on, apart from the model and the request: the z cache's key."""
         names = (
-            *("clamp", "rate", "rate_decay", "steps", "weight_decay", "kl_weight", "stop_loss", "diverged_loss"),
+            *(
+                "clamp",
+                "rate",
+                "betas",
+                "rate_decay",
+                "steps",
+                "weight_decay",
+                "kl_weight",
+                "stop_loss",
+                "diverged_loss",
+            ),
             *("stop_top", "early_contexts", "early_steps", "seed", "chat_context"),
         )
         return digest_of({"layer": self.layers[-1]} | {name: getattr(self, name) for name in names})

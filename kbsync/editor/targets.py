@@ -38,9 +38,8 @@ __all__ = ["Target", "compute_targets", "stream_targets"]
 
 log = structlog.get_logger()
 
-_BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
-"""Adam's constants as in torch.optim.Adam; every fact counts its own steps."""
+"""As in torch.optim.Adam; every fact counts its own steps."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,11 +147,11 @@ class _State:
     def update(self, gradient: Tensor, preset: Preset, more: Tensor) -> None:
         """One step of Adam on the δ [n, d] of the facts that go on (`more` [n]), then the clamp."""
         rate = gradient.new_tensor([preset.rate_at(step) for step in self.steps.tolist()])
-        taken = self.steps[:, None].to(gradient.dtype)
-        self.mean = torch.lerp(self.mean, gradient, 1 - _BETAS[0])
-        self.square = _BETAS[1] * self.square + (1 - _BETAS[1]) * gradient**2
-        scale = (self.square / (1 - _BETAS[1] ** taken)).sqrt() + _EPSILON
-        delta = self.delta - rate[:, None] * self.mean / (1 - _BETAS[0] ** taken) / scale
+        taken, (slow, square) = self.steps[:, None].to(gradient.dtype), preset.betas
+        self.mean = torch.lerp(self.mean, gradient, 1 - slow)
+        self.square = square * self.square + (1 - square) * gradient**2
+        scale = (self.square / (1 - square**taken)).sqrt() + _EPSILON
+        delta = self.delta - rate[:, None] * self.mean / (1 - slow**taken) / scale
         limit = preset.clamp * self.h.norm(dim=1, keepdim=True)
         norm = delta.norm(dim=1, keepdim=True)
         clamped = norm > limit
