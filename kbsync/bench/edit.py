@@ -157,7 +157,8 @@ def _plain(lab: Laboratory, requests: Sequence[EditRequest]) -> tuple[Targets, W
 
 def _gflop(lab: Laboratory, requests: Sequence[EditRequest]) -> float:
     """10⁹ floating-point operations of the matrix products in a search for z, counted as they are called."""
-    with _Operations() as counter:
+    counter = _Operations()
+    with counter:
         compute_targets(lab.base, requests, lab.statistics.contexts, lab.preset)
     return counter.total / 1e9
 
@@ -166,9 +167,11 @@ class _Operations(TorchDispatchMode):
     """Counts floating-point operations by torch's own formulae (its FlopCounterMode also wants to know the modules, and
     refuses gradients by their inputs)."""
 
-    total = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
