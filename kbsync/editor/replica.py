@@ -44,7 +44,6 @@ def open_base(job: ModelJob) -> Base:
     if base.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
     if job.max_gpu_memory is not None and base.device.type == "cuda":
         for gpu in {parameter.device for parameter in base.network.parameters()}:
             total = torch.cuda.get_device_properties(gpu).total_memory
