@@ -12,9 +12,11 @@ from torch import nn
 
 from kbsync.editor.answers import answers, log_probabilities
 from kbsync.editor.contexts import sample_contexts
+from kbsync.editor.memit import insert
 from kbsync.editor.model import Base, base_of, load_base
+from kbsync.editor.targets import compute_targets
 from kbsync.errors import ModelError
-from tests.tiny import FACTS, VARIANTS, save, tiny
+from tests.tiny import CONTEXTS, FACTS, VARIANTS, save, tiny, tiny_preset, tiny_statistics
 
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -106,3 +108,20 @@ def test_with_longrope_a_text_ends_where_the_angles_would_change() -> None:
     base = tiny("phi3", rope_parameters=rope | factors, original_max_position_embeddings=64)
     assert base.network.config.max_position_embeddings == 128
     assert base.max_tokens == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@EVERY
+def test_half_precision_is_edited_from_float64_masters(variant: str, dtype: torch.dtype, device: str) -> None:
+    """Served weights stay in their dtype and come back; targets are float32; the delta is not rounded to the dtype."""
+    base, preset = tiny(variant, dtype=dtype, device=device), tiny_preset(steps=2)
+    names = [base.spec.down_name(layer) for layer in preset.layers]
+    before = {name: base.weight(name).clone() for name in names}
+    targets = compute_targets(base, FACTS[:2], CONTEXTS, preset)
+    insertion = insert(base, FACTS[:2], targets, tiny_statistics(base, preset), preset)
+    assert {target.z.dtype for target in targets.values()} == {torch.float32}
+    for name, factors in insertion.delta.factors.items():
+        assert torch.equal(base.weight(name), before[name])
+        delta = factors.left @ factors.right
+        assert delta.isfinite().all()
+        assert not torch.equal(delta, delta.to(dtype).float())
