@@ -78,6 +78,13 @@ def test_a_mixture_of_experts_is_refused_before_it_is_loaded(tmp_path: Path) -> 
     assert "dense model" in caught.value.hint
 
 
+@pytest.mark.parametrize("family", ["bloom", "of-tomorrow"])
+def test_a_family_that_is_unknown_here_or_to_transformers_is_refused(family: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=family) as caught:
+        load_base(changed(tiny("llama"), tmp_path, model_type=family), fingerprint="x")
+    assert "gpt_neox" in caught.value.hint
+
+
 def test_attention_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="looks ahead"):
         load_base(changed(tiny("gemma3"), tmp_path, use_bidirectional_attention=True), fingerprint="x")

@@ -188,8 +188,11 @@ def spec_of(model_type: str) -> ModelSpec:
 
 def read_config(folder: Path) -> tuple[Any, ModelSpec]:
     """A checkpoint's configuration and its family. Raises ModelError where the editor could not edit such a model:
-    quantised weights, a mixture of experts, attention that looks ahead, an unknown family."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    quantised weights, a mixture of experts, attention that looks ahead, a family that is unknown here or there."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'}: {error}".splitlines()[0], hint=_USE_ONE) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{folder}: the weights are quantised", hint="use the unquantised checkpoint of this model")
     if any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS):
