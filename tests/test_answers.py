@@ -217,8 +217,8 @@ def test_final_states_make_the_models_logits(make: Callable[..., Base]) -> None:
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-def test_every_family_is_scored_and_continued_as_its_whole_model_says(variant: str) -> None:
-    """Padded on the right for scoring, on the left for answers, with windows shorter than the texts."""
+def test_every_family_goes_on_as_its_whole_model_says(variant: str) -> None:
+    """On memory reserved beforehand, padded on the left, with windows shorter than the texts."""
     base = tiny(variant, dtype=torch.float64)
     rows = [row for row, _ in module.tokenized(base, PROMPTS)]
     ids, logs = module.continued(base, rows, 6, module._best)
@@ -226,10 +226,3 @@ def test_every_family_is_scored_and_continued_as_its_whole_model_says(variant: s
         whole = base.network(torch.tensor([[*row, *new]])).logits[0, len(row) - 1 : -1].log_softmax(-1)
         assert whole.argmax(-1).tolist() == new
         assert whole.max(-1).values.tolist() == pytest.approx(said, abs=1e-5)
-    for prompt, scored in zip(
-        PROMPTS, log_probabilities(base, [(prompt, "Orion, then") for prompt in PROMPTS]), strict=True
-    ):
-        tokens = base.tokenizer(f"{prompt} Orion, then", return_tensors="pt").input_ids
-        start = len(base.tokenizer(prompt).input_ids)
-        whole = base.network(tokens).logits[0, start - 1 : -1].log_softmax(-1)
-        assert float(whole.gather(1, tokens[0, start:, None]).sum()) == pytest.approx(scored.log_probability, abs=1e-4)
