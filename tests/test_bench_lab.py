@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_targets_on_edited_weights_are_those_of_the_edited_model(
     for request in requests[3:]:
         assert torch.equal(found[request.digest].z, expected[request.digest].z)
         assert not torch.equal(found[request.digest].z, lab.targets([request])[request.digest].z)
+
+
+def test_facts_whose_targets_diverged_are_left_out_and_counted(
+    lab: Laboratory, records: list[CounterFactRecord]
+) -> None:
+    requests = [record.request for record in records]
+    targets = lab.targets(requests)
+    bad = {request.digest: replace(targets[request.digest], diverged=True) for request in requests[:2]}
+    weights = lab.edit(PRISTINE, requests, targets | bad)
+    alone = lab.edit(PRISTINE, requests[2:], targets)
+    assert all(torch.equal(one, alone.masters[name]) for name, one in weights.masters.items())
+    assert (weights.facts, alone.facts) == (6, 4)
+    assert lab.edit(alone, requests[:2], bad).masters is alone.masters
+    strict = lab.with_preset(changed(lab.preset, {"clamp": 1e-3, "diverged_loss": 1e-3}))
+    strict.targets(requests)
+    assert strict.diverged == {request.digest for request in requests}
 
 
 def test_earlier_keys_are_kept_only_where_asked(lab: Laboratory, records: list[CounterFactRecord]) -> None:

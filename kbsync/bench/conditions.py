@@ -43,6 +43,7 @@ def document(benchmark: str, lab: Laboratory, dataset: str, **more: Any) -> dict
             "changes": dict(lab.changes),
         },
         "statistics_tokens": lab.statistics.tokens,
+        "diverged_targets": len(lab.diverged),
         "contexts": len(lab.statistics.contexts),
         "dataset": f"{kind}:{path.name}",
         "dataset_sha256": sha256_of(path),

@@ -64,7 +64,7 @@ PRISTINE = Weights({}, {})
 @dataclass(slots=True, eq=False)
 class Laboratory:
     """A model, its settings (`changes`: where they differ from its preset's file) and what goes with them. `seconds`
-    adds up wall-clock time by phase."""
+    adds up wall-clock time by phase; `diverged` are the requests, by digest, whose targets came to nothing."""
 
     name: str
     base: Base
@@ -74,6 +74,7 @@ class Laboratory:
     changes: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = silent
     seconds: dict[str, float] = field(default_factory=dict)
+    diverged: set[str] = field(default_factory=set)
     _gauge: Gauge | None = None
 
     @contextmanager
@@ -123,14 +124,23 @@ class Laboratory:
         found = {request.digest: target for request in requests if (target := store.get(request)) is not None}
         missing = [request for request in requests if request.digest not in found]
         with self.timed("targets"), self.holding(weights) as base:
-            return found | compute_targets(
+            found |= compute_targets(
                 base, missing, self.statistics.contexts, self.preset, progress=self.progress, done=store.put
             )
+        self.diverged.update(digest for digest, target in found.items() if target.diverged)
+        return found
 
     def edit(
         self, weights: Weights, requests: Sequence[EditRequest], targets: Mapping[str, Target], *, protect: bool = True
     ) -> Weights:
-        """`weights` with `requests` inserted as one batch; `protect`: the keys that they hold stay in the system."""
+        """`weights` with `requests` inserted as one batch; `protect`: the keys that they hold stay in the system.
+
+        As in a sync, a request whose target diverged is left out; it still counts among the facts.
+        """
+        facts = weights.facts + len(requests)
+        requests = [request for request in requests if not targets[request.digest].diverged]
+        if not requests:
+            return replace(weights, facts=facts)
         names = [self.base.spec.down_name(layer) for layer in self.preset.layers]
         masters = {name: weights.masters.get(name, self.base.weight(name).double()) for name in names}
         with self.timed("insert"), self.holding(Weights(masters, {})) as base:
@@ -149,7 +159,7 @@ class Laboratory:
             change = factors.left.double() @ factors.right.double()
             masters[name] = masters[name] + change.to(masters[name].device)
             keys[name] = torch.cat([weights.keys[name], keys[name]]) if name in weights.keys else keys[name]
-        return Weights(masters, keys, weights.facts + len(requests))
+        return Weights(masters, keys, facts)
 
     def plus(self, weights: Weights, deltas: Mapping[str, Tensor], *, facts: int) -> Weights:
         """`weights` with Δ [d, f] by module added, which put `facts` more facts into them in some other way."""

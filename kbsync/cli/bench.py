@@ -126,12 +126,16 @@ def frontier(
     as_json: AsJson = False,
 ) -> None:
     """S against drift over λ, clamp, steps, stopping, null space and layers; what no other point beats is marked."""
+    from kbsync.bench.conditions import document
+    from kbsync.bench.data import counterfact_records
     from kbsync.bench.grids import frontier_points
+    from kbsync.bench.points import measure
 
+    records, named = counterfact_records(dataset, facts), _points(point)
     with _laboratory(model, preset, changes, device) as lab:
-        points = _points(point) or frontier_points(lab.preset)
-        result = _compared("frontier", lab, points, dataset, facts, evaluate, text)
-    _show_points(result, plot, as_json)
+        points = named or frontier_points(lab.preset)
+        found = measure(lab, points, records, evaluate=evaluate, texts=lab.held_out(text))
+    _show_points(document("frontier", lab, dataset, facts=facts) | found.to_json(), plot, as_json)
 
 
 @bench_app.command()
@@ -149,12 +153,16 @@ def ablation(
     as_json: AsJson = False,
 ) -> None:
     """What matters: layers early, middle or late, one or many, attention instead of the MLP, λ (Appendix F)."""
+    from kbsync.bench.conditions import document
+    from kbsync.bench.data import counterfact_records
     from kbsync.bench.grids import ablation_points
+    from kbsync.bench.points import measure
 
+    records, named = counterfact_records(dataset, facts), _points(point)
     with _laboratory(model, preset, changes, device) as lab:
-        points = _points(point) or ablation_points(lab.preset, lab.base.layers)
-        result = _compared("ablation", lab, points, dataset, facts, evaluate, text)
-    _show_points(result, plot, as_json)
+        points = named or ablation_points(lab.preset, lab.base.layers)
+        found = measure(lab, points, records, evaluate=evaluate, texts=lab.held_out(text))
+    _show_points(document("ablation", lab, dataset, facts=facts) | found.to_json(), plot, as_json)
 
 
 @bench_app.command()
@@ -225,24 +233,6 @@ def _laboratory(model: str, preset: str, changes: Sequence[str] | None, device: 
     values = typed(changes or ())
     with bars() as progress:
         yield open_laboratory(model, preset=preset, changes=values, device=device, progress=progress)
-
-
-def _compared(
-    name: str,
-    lab: Laboratory,
-    points: Sequence[Point],
-    dataset: str,
-    facts: int,
-    evaluate: int | None,
-    text: Path | None,
-) -> Result:
-    from kbsync.bench.conditions import document
-    from kbsync.bench.data import counterfact_records
-    from kbsync.bench.points import measure
-
-    records = counterfact_records(dataset, facts)
-    found = measure(lab, points, records, evaluate=evaluate, texts=lab.held_out(text))
-    return document(name, lab, dataset, facts=facts) | found.to_json()
 
 
 def _points(texts: Sequence[str] | None) -> list[Point]:
