@@ -28,7 +28,7 @@ from kbsync.config import Workspace
 from kbsync.edit import Edit, Outcome
 from kbsync.editor.job import ControlFile, EditResult
 from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
-from kbsync.facts import Change, EditRequest, Snapshot
+from kbsync.facts import EditRequest, Snapshot
 from kbsync.gate import shortfalls, shortfalls_by_policy
 from kbsync.ledger import Ledger
 from kbsync.ledger.reader import Reader
@@ -39,60 +39,17 @@ from kbsync.plan import Plan, check_edits, check_guard, make_plan
 from kbsync.policy import Inverse, Policy, Relation, render
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast_onto, take_over
+from kbsync.report import Report
 from kbsync.resolve import resolve
 from kbsync.versions.files import sweep_temporary
 from kbsync.versions.store import VersionStore, named
 
-__all__ = ["Reconciler", "Report", "open_workspace"]
+__all__ = ["SCHEDULED", "Reconciler", "open_workspace"]
 
 SCHEDULED = "schedule"
 """The trigger of a daemon's own passes: only these mind the edit window, a person's `sync` does not."""
 
 log = structlog.get_logger()
-
-
-@dataclass(slots=True)
-class Report:
-    """What one pass of one policy did, or would do."""
-
-    policy: str
-    status: str = "running"
-    run_id: int | None = None
-    changes: Sequence[Change] = ()
-    plan: Plan | None = None
-    rebase: str | None = None
-    """Why the version that the plan asks for is, or was to be, a rebase."""
-    counts: dict[str, int] = field(default_factory=dict)
-    reasons: Sequence[str] = ()
-    versions: list[int] = field(default_factory=list)
-    probe: Mapping[str, Any] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    problems: list[KbsyncError] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """0 done, 1 failed, 2 usage, 3 held, 4 rejected."""
-        return max((problem.exit_code for problem in self.problems), default=0)
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as a JSON value."""
-        return {
-            "policy": self.policy,
-            "status": self.status,
-            "run": self.run_id,
-            "changes": [change.to_json() for change in self.changes],
-            "plan": self.plan.to_json() if self.plan else None,
-            "rebase": self.rebase,
-            "notes": self.notes,
-            "counts": self.counts,
-            "reasons": list(self.reasons),
-            "versions": self.versions,
-            "probe": self.probe,
-            "seconds": self.seconds,
-            "problems": [problem.to_json() for problem in self.problems],
-            "exit_code": self.exit_code,
-        }
 
 
 @contextmanager

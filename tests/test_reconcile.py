@@ -14,7 +14,8 @@ from kbsync.editor.answers import log_probabilities
 from kbsync.errors import BaseMismatch, Cancelled, GateRejected, Held, UsageError
 from kbsync.facts import FactKey
 from kbsync.ledger import Ledger
-from kbsync.reconcile import Reconciler, Report
+from kbsync.reconcile import Reconciler
+from kbsync.report import Report
 from kbsync.serving import Versions, verify_workspace
 from kbsync.undo import release, revert_fact, revert_version, rollback
 from kbsync.versions.weights import weights_sha256

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from kbsync.cli import bench, daemon, demo, evaluate, model, read, setup, study, write
+from kbsync.cli import bench, daemon, demo, evaluate, model, read, setup, status, study, write
 from kbsync.errors import KbsyncError
 from kbsync.log import configure
 
@@ -24,8 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (setup.app, write.app, read.app, model.app, daemon.app, demo.app, bench.app, study.app, evaluate.app):
-    app.add_typer(part)
+for part in (setup, write, status, read, model, daemon, demo, bench, study, evaluate):
+    app.add_typer(part.app)
 
 
 def main() -> None:

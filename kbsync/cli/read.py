@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kbsync.facts import Applied, FactKey
     from kbsync.ledger import ModelRow, Reader, VersionRow
 
-__all__ = ["app", "moment"]
+__all__ = ["app", "iso", "model_row", "moment", "reading"]
 
 app = typer.Typer()
 conflicts_app = typer.Typer(help="Claims that cannot all be true; each blocks only its own fact.", no_args_is_help=True)
@@ -29,12 +29,13 @@ Relation = Annotated[str | None, typer.Option("--relation", help="Only this rela
 
 
 @contextmanager
-def _reading(root: Path) -> Iterator[tuple[Workspace, Reader]]:
+def reading(root: Path) -> Iterator[tuple[Workspace, Reader]]:
+    """The workspace and one reading of its ledger."""
     with opened(root) as (workspace, ledger), ledger.read() as db:
         yield workspace, db
 
 
-def _model(workspace: Workspace, db: Reader) -> ModelRow | None:
+def model_row(workspace: Workspace, db: Reader) -> ModelRow | None:
     """The model that kbsync.yaml names, as the ledger knows it; it need not be on this machine."""
     name = workspace.settings.model
     names = {name, name.partition("@")[0], Path(name).name}
@@ -45,7 +46,7 @@ def _model(workspace: Workspace, db: Reader) -> ModelRow | None:
 def _required_model(workspace: Workspace, db: Reader) -> ModelRow:
     from kbsync.errors import UsageError
 
-    if (model := _model(workspace, db)) is None:
+    if (model := model_row(workspace, db)) is None:
         raise UsageError(f"model {workspace.settings.model} was never synced here", hint="kbsync sync")
     return model
 
@@ -66,118 +67,9 @@ def _short(time: datetime | None) -> str:
     return f"{time:%Y-%m-%d %H:%M}" if time else ""
 
 
-def _iso(time: datetime | None) -> str | None:
+def iso(time: datetime | None) -> str | None:
+    """A time as `--json` has it."""
     return time.isoformat() if time else None
-
-
-@app.command()
-def status(root: Root = Path(), as_json: AsJson = False) -> None:
-    """Show the live version, what waits, and how sources and policies are doing."""
-    with _reading(root) as (workspace, db):
-        found = _status(workspace, db)
-    if as_json:
-        return emit(found)
-    say(f"[bold]{escape(found['model'])}[/]  version {found['version']}, {found['facts_applied']} facts in the weights")
-    say(f"ledger: {found['facts']} facts, {found['conflicts']} conflicts, {found['quarantined']} quarantined rows")
-    say(f"waiting: {found['pending']} edits, {found['holds']} holds, {len(found['held_runs'])} runs for approval")
-    _say_capacity(found["capacity"])
-    say(f"writer: process {found['writer']}" if found["writer"] else "writer: none (no daemon is running)")
-    columns = ("policy", "last pass", "last ok", "next", "state")
-    times = ("last_started", "last_ok", "next_due")
-    rows = ((p["policy"], *((p[name] or "")[:16] for name in times), p["state"]) for p in found["policies"])
-    table("policies", columns, rows)
-    for source in found["sources"]:
-        say(f"[yellow]source {escape(source['source'])}[/]: {escape(source['last_error'])}")
-    return None
-
-
-def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
-    from kbsync.catalog import load_catalog
-    from kbsync.lock import held_by
-
-    catalog, model = load_catalog(workspace), _model(workspace, db)
-    states = [db.source_state(name) for name in catalog.sources]
-    return {
-        "workspace": str(workspace.root),
-        "model": model.id if model else workspace.settings.model,
-        "version": model.head if model else 0,
-        "facts": len(db.facts()),
-        "facts_applied": len(db.applied(model.id, model.head)) if model else 0,
-        "pending": _pending(catalog, db, model),
-        "conflicts": len(db.conflicts()),
-        "quarantined": len(db.quarantined()),
-        "holds": len(db.holds(model.id)) if model else 0,
-        "held_runs": [plan.run_id for plan in db.staged_plans()],
-        "capacity": _capacity(workspace, db, model),
-        "writer": held_by(workspace.lock),
-        "policies": [_policy_state(name, db) for name in sorted(catalog.policies)],
-        "sources": [asdict(state) for state in states if state.failures],
-    }
-
-
-def _capacity(workspace: Workspace, db: Reader, model: ModelRow | None) -> dict[str, Any] | None:
-    """The odometer of the live version: how much of the model its edits are, and how long until the next rebase."""
-    from kbsync.odometer import read_odometer
-    from kbsync.strategy import facts_left, warnings
-    from kbsync.versions.store import VersionStore
-
-    if model is None:
-        return None
-    odometer = read_odometer(db, VersionStore(workspace.data, model.id), model.id)
-    strategy, now = workspace.settings.strategy, odometer.now
-    return {
-        "relative_norm": now.norms if now else {},
-        "facts": now.facts if now else 0,
-        "retention": now.retention if now else None,
-        "drift": now.drift if now else None,
-        "facts_left": facts_left(strategy, now),
-        "since_rebase": odometer.since,
-        "rebased_in": odometer.anchor,
-        "strategy": strategy.model_dump(mode="json"),
-        "warnings": warnings(strategy, now),
-    }
-
-
-def _say_capacity(found: Mapping[str, Any] | None) -> None:
-    if found is None or not found["relative_norm"]:
-        return
-    strategy, left = found["strategy"], found["facts_left"]
-    norm = max(found["relative_norm"].values())
-    room = f", about {left} more facts" if left is not None else ""
-    say(f"capacity: edits are {norm:.3f} of the weights (limit {strategy['max_relative_norm']:g}{room})")
-    due = f", a rebase is due at {strategy['rebase_every']}" if strategy["mode"] == "auto" else ""
-    say(f"  retention {share(found['retention'])}  drift {share(found['drift'])}")
-    say(f"  {found['since_rebase']} versions since version {found['rebased_in']}{due}")
-    for warning in found["warnings"]:
-        say(f"  [yellow]{escape(warning)}[/]")
-
-
-def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:
-    """Edits and retractions that the ledger as it is now still asks for."""
-    from kbsync.plan import make_plan
-
-    head, holds = (model.head, db.holds(model.id)) if model else (0, {})
-    applied = db.applied(model.id, head) if model else {}
-    known = db.known_to(model.id, model.head) if model else set()
-    name, count = model.id if model else "", 0
-    for policy in catalog.policies.values():
-        words = policy.wording()
-        plan = make_plan(db.facts(tuple(words)), applied, holds, words, known=known, model=name, head=head)
-        count += len(plan.edits) + len(plan.retractions)
-    return count
-
-
-def _policy_state(name: str, db: Reader) -> dict[str, Any]:
-    state, runs = db.schedule_state(name), db.runs(1, policy=name)
-    latest = f"run {runs[0].id} {runs[0].status}" if runs else "never run"
-    message = f": {runs[0].message}" if runs and runs[0].message else ""
-    return {
-        "policy": name,
-        "last_started": _iso(state.last_started or (runs[0].started_at if runs else None)),
-        "last_ok": _iso(state.last_ok),
-        "next_due": _iso(state.next_due),
-        "state": latest + message,
-    }
 
 
 @app.command()
@@ -188,7 +80,7 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List passes, newest first."""
-    with _reading(root) as (_, db):
+    with reading(root) as (_, db):
         found = db.runs(limit, policy=policy)
     if as_json:
         return emit([asdict(run) for run in found])
@@ -211,7 +103,7 @@ def _seconds(run: Any) -> str:
 @app.command()
 def log(root: Root = Path(), as_json: AsJson = False) -> None:
     """List the versions of the model, newest first, and which one is live."""
-    with _reading(root) as (workspace, db):
+    with reading(root) as (workspace, db):
         model = _required_model(workspace, db)
         found = sorted(db.versions(model.id), key=lambda version: -version.number)
         holding = {version.number: len(db.applied(model.id, version.number)) for version in found}
@@ -248,7 +140,7 @@ def show(
     version: Annotated[int, typer.Argument(help="Its number.", min=0)], root: Root = Path(), as_json: AsJson = False
 ) -> None:
     """Show one version: what it put in, what its probe measured, its files."""
-    with _reading(root) as (workspace, db):
+    with reading(root) as (workspace, db):
         model = _required_model(workspace, db)
         row, held = db.version(model.id, version), db.applied(model.id, version)
         before = db.applied(model.id, row.parent) if row.parent is not None else {}
@@ -274,7 +166,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show in which facts two versions differ."""
-    with _reading(root) as (workspace, db):
+    with reading(root) as (workspace, db):
         model = _required_model(workspace, db)
         for number in (one, other):
             db.version(model.id, number)
@@ -317,7 +209,7 @@ def facts(
     as_json: AsJson = False,
 ) -> None:
     """List the facts that the ledger holds true, now or at an earlier time."""
-    with _reading(root) as (_, db):
+    with reading(root) as (_, db):
         rows = db.fact_rows([relation] if relation else None, moment(as_of) if as_of else None)
     _print_facts("facts", rows, as_json)
 
@@ -330,7 +222,7 @@ def history(
     as_json: AsJson = False,
 ) -> None:
     """Show every fact that there ever was about a subject, with its source and the versions that hold it."""
-    with _reading(root) as (workspace, db):
+    with reading(root) as (workspace, db):
         rows = db.history(subject, relation)
         holding = _holding(workspace, db)
     _print_facts(f"history of {subject}", rows, as_json, holding)
@@ -339,7 +231,7 @@ def history(
 def _holding(workspace: Workspace, db: Reader) -> dict[tuple[str, str, str], list[int]]:
     """(relation, subject id, object id) -> the versions whose weights hold it."""
     found: dict[tuple[str, str, str], list[int]] = {}
-    model = _model(workspace, db)
+    model = model_row(workspace, db)
     for version in db.versions(model.id) if model else []:
         for key, applied in db.applied(version.model, version.number).items():
             found.setdefault((*key, applied.object_id), []).append(version.number)
@@ -364,8 +256,8 @@ def _print_facts(
             "status": fact.status,
             "source": fact.source,
             "origin": fact.origin,
-            "since": _iso(row.since),
-            "until": _iso(row.until),
+            "since": iso(row.since),
+            "until": iso(row.until),
             "run": row.run_id,
         }
         if holding is not None:
@@ -390,7 +282,7 @@ def changes(
     as_json: AsJson = False,
 ) -> None:
     """Show what changed since a date or a version, with the source and the version of each change."""
-    with _reading(root) as (workspace, db):
+    with reading(root) as (workspace, db):
         start = _since(since, workspace, db)
         found = db.changes(start, moment(until) if until else None, relation=relation, source=source)
         holding = _holding(workspace, db)
@@ -430,7 +322,7 @@ def list_conflicts(
     as_json: AsJson = False,
 ) -> None:
     """Show both sides of each conflict with their origins, and the rows in quarantine."""
-    with _reading(root) as (_, db):
+    with reading(root) as (_, db):
         found, rows = db.conflicts(open_only=not everything), db.quarantined()
     if as_json:
         return emit({"conflicts": [asdict(row) for row in found], "quarantined": [asdict(row) for row in rows]})
@@ -468,8 +360,8 @@ def _local(object_id: str | None) -> str | None:
 @app.command()
 def holds(root: Root = Path(), as_json: AsJson = False) -> None:
     """List the facts that are frozen in the weights, and the runs that wait for approval."""
-    with _reading(root) as (workspace, db):
-        model = _model(workspace, db)
+    with reading(root) as (workspace, db):
+        model = model_row(workspace, db)
         rows = db.hold_rows(model.id) if model else []
         staged, labels = db.staged_plans(), {key.subject: fact.subject.label for key, fact in db.facts().items()}
     if as_json:

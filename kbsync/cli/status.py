@@ -1,0 +1,132 @@
+"""`kbsync status`: the live version, how much of the model its edits are, what waits, how sources do. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.markup import escape
+
+from kbsync.cli.common import AsJson, Root, emit, say, share, table
+from kbsync.cli.read import iso, model_row, reading
+
+if TYPE_CHECKING:
+    from kbsync.config import Workspace
+    from kbsync.ledger import ModelRow, Reader
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command()
+def status(root: Root = Path(), as_json: AsJson = False) -> None:
+    """Show the live version, what waits, and how sources and policies are doing."""
+    with reading(root) as (workspace, db):
+        found = _status(workspace, db)
+    if as_json:
+        return emit(found)
+    say(f"[bold]{escape(found['model'])}[/]  version {found['version']}, {found['facts_applied']} facts in the weights")
+    say(f"ledger: {found['facts']} facts, {found['conflicts']} conflicts, {found['quarantined']} quarantined rows")
+    say(f"waiting: {found['pending']} edits, {found['holds']} holds, {len(found['held_runs'])} runs for approval")
+    _say_capacity(found["capacity"])
+    say(f"writer: process {found['writer']}" if found["writer"] else "writer: none (no daemon is running)")
+    columns = ("policy", "last pass", "last ok", "next", "state")
+    times = ("last_started", "last_ok", "next_due")
+    rows = ((p["policy"], *((p[name] or "")[:16] for name in times), p["state"]) for p in found["policies"])
+    table("policies", columns, rows)
+    for source in found["sources"]:
+        say(f"[yellow]source {escape(source['source'])}[/]: {escape(source['last_error'])}")
+    return None
+
+
+def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
+    from kbsync.catalog import load_catalog
+    from kbsync.lock import held_by
+
+    catalog, model = load_catalog(workspace), model_row(workspace, db)
+    states = [db.source_state(name) for name in catalog.sources]
+    return {
+        "workspace": str(workspace.root),
+        "model": model.id if model else workspace.settings.model,
+        "version": model.head if model else 0,
+        "facts": len(db.facts()),
+        "facts_applied": len(db.applied(model.id, model.head)) if model else 0,
+        "pending": _pending(catalog, db, model),
+        "conflicts": len(db.conflicts()),
+        "quarantined": len(db.quarantined()),
+        "holds": len(db.holds(model.id)) if model else 0,
+        "held_runs": [plan.run_id for plan in db.staged_plans()],
+        "capacity": _capacity(workspace, db, model),
+        "writer": held_by(workspace.lock),
+        "policies": [_policy_state(name, db) for name in sorted(catalog.policies)],
+        "sources": [asdict(state) for state in states if state.failures],
+    }
+
+
+def _capacity(workspace: Workspace, db: Reader, model: ModelRow | None) -> dict[str, Any] | None:
+    """The odometer of the live version: how much of the model its edits are, and how long until the next rebase."""
+    from kbsync.odometer import read_odometer
+    from kbsync.strategy import facts_left, warnings
+    from kbsync.versions.store import VersionStore
+
+    if model is None:
+        return None
+    odometer = read_odometer(db, VersionStore(workspace.data, model.id), model.id)
+    strategy, now = workspace.settings.strategy, odometer.now
+    return {
+        "relative_norm": now.norms if now else {},
+        "facts": now.facts if now else 0,
+        "retention": now.retention if now else None,
+        "drift": now.drift if now else None,
+        "facts_left": facts_left(strategy, now),
+        "since_rebase": odometer.since,
+        "rebased_in": odometer.anchor,
+        "strategy": strategy.model_dump(mode="json"),
+        "warnings": warnings(strategy, now),
+    }
+
+
+def _say_capacity(found: Mapping[str, Any] | None) -> None:
+    if found is None or not found["relative_norm"]:
+        return
+    strategy, left = found["strategy"], found["facts_left"]
+    norm = max(found["relative_norm"].values())
+    room = f", about {left} more facts" if left is not None else ""
+    say(f"capacity: edits are {norm:.3f} of the weights (limit {strategy['max_relative_norm']:g}{room})")
+    due = f", a rebase is due at {strategy['rebase_every']}" if strategy["mode"] == "auto" else ""
+    say(f"  retention {share(found['retention'])}  drift {share(found['drift'])}")
+    say(f"  {found['since_rebase']} versions since version {found['rebased_in']}{due}")
+    for warning in found["warnings"]:
+        say(f"  [yellow]{escape(warning)}[/]")
+
+
+def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:
+    """Edits and retractions that the ledger as it is now still asks for."""
+    from kbsync.plan import make_plan
+
+    head, holds = (model.head, db.holds(model.id)) if model else (0, {})
+    applied = db.applied(model.id, head) if model else {}
+    known = db.known_to(model.id, model.head) if model else set()
+    name, count = model.id if model else "", 0
+    for policy in catalog.policies.values():
+        words = policy.wording()
+        plan = make_plan(db.facts(tuple(words)), applied, holds, words, known=known, model=name, head=head)
+        count += len(plan.edits) + len(plan.retractions)
+    return count
+
+
+def _policy_state(name: str, db: Reader) -> dict[str, Any]:
+    state, runs = db.schedule_state(name), db.runs(1, policy=name)
+    latest = f"run {runs[0].id} {runs[0].status}" if runs else "never run"
+    message = f": {runs[0].message}" if runs and runs[0].message else ""
+    return {
+        "policy": name,
+        "last_started": iso(state.last_started or (runs[0].started_at if runs else None)),
+        "last_ok": iso(state.last_ok),
+        "next_due": iso(state.next_due),
+        "state": latest + message,
+    }

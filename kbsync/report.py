@@ -1,0 +1,57 @@
+"""What a pass says of itself: to a person, as JSON, to the daemon's caller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kbsync.errors import KbsyncError
+from kbsync.facts import Change
+from kbsync.plan import Plan
+
+__all__ = ["Report"]
+
+
+@dataclass(slots=True)
+class Report:
+    """What one pass of one policy did, or would do."""
+
+    policy: str
+    status: str = "running"
+    run_id: int | None = None
+    changes: Sequence[Change] = ()
+    plan: Plan | None = None
+    rebase: str | None = None
+    """Why the version that the plan asks for is, or was to be, a rebase."""
+    counts: dict[str, int] = field(default_factory=dict)
+    reasons: Sequence[str] = ()
+    versions: list[int] = field(default_factory=list)
+    probe: Mapping[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[KbsyncError] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 failed, 2 usage, 3 held, 4 rejected."""
+        return max((problem.exit_code for problem in self.problems), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON value."""
+        return {
+            "policy": self.policy,
+            "status": self.status,
+            "run": self.run_id,
+            "changes": [change.to_json() for change in self.changes],
+            "plan": self.plan.to_json() if self.plan else None,
+            "rebase": self.rebase,
+            "notes": self.notes,
+            "counts": self.counts,
+            "reasons": list(self.reasons),
+            "versions": self.versions,
+            "probe": self.probe,
+            "seconds": self.seconds,
+            "problems": [problem.to_json() for problem in self.problems],
+            "exit_code": self.exit_code,
+        }
