@@ -294,7 +294,7 @@ def test_a_dense_delta_gives_up_no_single_fact(tmp_path: Path) -> None:
     active = (ActiveDelta(delta=first), ActiveDelta(delta=second))
     with pytest.raises(EditError, match="no column per fact") as error:
         hold(active, {first: {0, 1}, second: {0}}, read, partial(write_delta, tmp_path, compact=False))
-    assert "rollback" in error.value.hint
+    assert "--exact" in error.value.hint
     assert hold(active, {first: {0, 1}}, read, partial(write_delta, tmp_path)) == active[:1]
 
 

@@ -24,6 +24,9 @@ from kbsync.versions.manifest import ActiveDelta
 
 __all__ = ["hold", "live_columns", "live_keys", "rebuild", "served", "weights_sha256"]
 
+ANEW = "kbsync revert --fact SUBJECT RELATION --exact; for a sync: strategy: {mode: rebase} in kbsync.yaml"
+"""What takes a fact out where its share cannot be: inserting all others anew."""
+
 _TILE = 1 << 15
 """Elements of a matrix that all columns are added to before the next: 256 kB of float64 stay in a core's cache."""
 
@@ -78,7 +81,7 @@ def _add(weights: Mapping[str, Tensor], delta: Delta, sha256: str, columns: Sequ
         elif columns:
             raise StoreError(
                 f"delta {sha256[:12]}: {module} is stored dense, no column of it can be left out",
-                hint="roll back to an earlier version: kbsync rollback --to V",
+                hint=ANEW,
             )
 
 
@@ -192,7 +195,7 @@ def _move(module: str, deltas: Sequence[Delta], corrections: Sequence[Delta | No
         if not gain > _MIN_GAIN:
             raise EditError(
                 f"{module}: a fact's key is too much like the others' to take it out alone",
-                hint="roll back to an earlier version: kbsync rollback --to V",
+                hint=ANEW,
             )
         change = Factors(e[:, None], (move.sign / gain) * u[None], k[None])
         _follow(change, E, U, K)
@@ -238,7 +241,7 @@ def _exact(module: str, delta: Delta) -> Factors:
     if factors is None or factors.dense is not None:
         raise EditError(
             f"{module}: a delta of {delta.columns} facts has no column per fact there, none can be taken out alone",
-            hint="roll back to an earlier version: kbsync rollback --to V",
+            hint=ANEW,
         )
     return Factors(factors.left.double(), factors.right.double(), factors.keys.double())
 
