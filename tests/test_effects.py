@@ -64,10 +64,11 @@ def test_a_flat_gap_gives_the_lowest_layers() -> None:
 
 
 def test_a_report_is_the_average_of_the_facts_that_the_model_knows() -> None:
-    """The unknown fact is skipped and counted; numbers are those of the tracer; JSON holds them."""
+    """Lost and unknown facts are left out and counted; numbers are those of the tracer; JSON holds them."""
     base = tiny_llama(dtype=torch.float64)
     known = said_by(base)
-    facts = [KnownFact("France", "The capital of France is", "Orion"), *known]
+    lost = KnownFact("Vega", "Sirius is in", "Lyra")
+    facts = [lost, KnownFact("France", "The capital of France is", "Orion"), *known]
     settings = Settings(samples=2)
     found = study(base, facts, settings, limit=2, grids=1)
     assert (found.read, found.asked, found.traced) == (len(facts), 3, 2)

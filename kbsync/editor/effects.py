@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kbsync.editor.known import KnownFact, answered
 from kbsync.editor.model import Base
-from kbsync.editor.tracing import SITES, FactTrace, Grid, Kind, Settings, Site, Tracer, subject_deviation
+from kbsync.editor.tracing import SITES, FactTrace, Grid, Kind, Settings, Site, Tracer, placeable, subject_deviation
 from kbsync.errors import EditError
 from kbsync.progress import Progress, silent
 
@@ -102,7 +102,7 @@ def study(
     Raises EditError where the model knows none of the facts.
     """
     sigma = subject_deviation(base, facts)
-    known, asked = answered(base, facts, limit=limit, progress=progress)
+    known, asked = answered(base, placeable(base, facts), limit=limit, progress=progress)
     if not known:
         raise EditError(
             f"the model answers none of {asked} facts right: nothing can be traced", hint="give facts that it knows"

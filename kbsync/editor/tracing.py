@@ -42,6 +42,7 @@ __all__ = [
     "Settings",
     "Site",
     "Tracer",
+    "placeable",
     "subject_deviation",
     "window",
 ]
@@ -116,12 +117,17 @@ class _Text:
 @torch.no_grad()
 def subject_deviation(base: Base, facts: Iterable[KnownFact]) -> float:
     """σ: the standard deviation over all numbers of the embeddings of the facts' subject tokens."""
-    placed = [text for fact in facts if (text := _placed(base, fact))]
-    tokens = [text.ids[index] for text in placed for index in text.subject]
+    texts = [text for fact in facts if (text := _placed(base, fact))]
+    tokens = [text.ids[index] for text in texts for index in text.subject]
     if not tokens:
         raise EditError("no fact can be placed in its tokens: there is nothing to trace", hint="look at the facts file")
     embedded = base.module(base.spec.embedding)(torch.tensor(tokens, device=base.device))
     return float(embedded.double().std(correction=0))
+
+
+def placeable(base: Base, facts: Iterable[KnownFact]) -> list[KnownFact]:
+    """The facts whose subject and attribute can be told apart in the model's tokens: the others cannot be traced."""
+    return [fact for fact in facts if _placed(base, fact)]
 
 
 class Tracer:
@@ -166,8 +172,8 @@ class Tracer:
         """[samples, subject tokens, d] float32: of the fact alone, so that it does not depend on the others' order."""
         key = hashlib.sha256(f"{self.settings.seed}\n{fact.prompt}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7]))
-        width = self.base.module(self.base.spec.embedding)(torch.zeros(1, dtype=torch.long, device=self.base.device))
-        return self.scale * torch.randn(self.settings.samples, len(text.subject), width.shape[1], generator=generator)
+        width = self.base.network.get_input_embeddings().weight.shape[1]
+        return self.scale * torch.randn(self.settings.samples, len(text.subject), width, generator=generator)
 
     @torch.no_grad()
     def _record(self, fact: KnownFact, text: _Text) -> _Record:
