@@ -22,10 +22,10 @@ __all__ = ["app"]
 app = typer.Typer()
 
 METRICS = {
-    "score": "score (S)",
-    "efficacy": "efficacy (ES)",
-    "paraphrase": "paraphrase (PS)",
-    "neighborhood": "neighborhood (NS)",
+    "score": "score",
+    "efficacy": "efficacy",
+    "paraphrase": "paraphrase",
+    "neighborhood": "neighborhood",
     "specificity": "specificity",
     "accuracy": "whole object",
     "paraphrase_accuracy": "whole object, paraphrased",
@@ -34,6 +34,8 @@ METRICS = {
     "reference_score": "reference score (RS)",
 }
 """Metrics in the order of the table, and what it calls them."""
+COUNTERFACT = {"score": "S", "efficacy": "ES", "paraphrase": "PS", "neighborhood": "NS"}
+"""What the paper calls CounterFact's own; other data sets measure efficacy otherwise."""
 MOST_RELATIONS = 30
 """Relations with a row of their own: a table is to be read. `--json` has all."""
 
@@ -116,8 +118,9 @@ def _show(result: Mapping[str, Any], plot: Path | None, as_json: bool) -> None:
 def _tables(result: Mapping[str, Any]) -> None:
     states = [name for name in ("before", "after", "difference") if name in result["all"]]
     measured = [name for name in METRICS if result["all"]["before"].get(name)]
+    labels = _labels(measured)
     rows = [
-        (METRICS[name], *(_cell(result["all"][state][name], sign=state == "difference") for state in states))
+        (labels[name], *(_cell(result["all"][state][name], sign=state == "difference") for state in states))
         for name in measured
     ]
     for name, drift in result["drift"].items():
@@ -135,6 +138,12 @@ def _tables(result: Mapping[str, Any]) -> None:
         say(f"[yellow]not edited:[/] {escape(problem)}")
 
 
+def _labels(measured: Sequence[str]) -> dict[str, str]:
+    """Each metric with its name in the table."""
+    short = COUNTERFACT if "neighborhood" in measured else {}
+    return {name: METRICS[name] + (f" ({short[name]})" if name in short else "") for name in measured}
+
+
 def _title(result: Mapping[str, Any]) -> str:
     what = result["dataset"] or f"facts of version {result['version']}"
     batch = f", {result['batch']} edited by {result['method']}" if "batch" in result else ""
@@ -149,7 +158,7 @@ def _relations(result: Mapping[str, Any], measured: Sequence[str], state: str) -
         (name, own["records"], *(_cell(own[state][metric]) for metric in measured))
         for name, own in relations[:MOST_RELATIONS]
     ]
-    table(f"by relation, {state}", ("relation", "records", *(METRICS[metric] for metric in measured)), rows)
+    table(f"by relation, {state}", ("relation", "records", *_labels(measured).values()), rows)
     if len(relations) > MOST_RELATIONS:
         say(f"and {len(relations) - MOST_RELATIONS} relations more: --json has all")
 
