@@ -30,10 +30,11 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> str:
-    """Each device that the engine must run on."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each device that the engine must run on; tiny models are made there."""
     import torch
 
+    monkeypatch.setattr("tests.tiny.DEVICE", request.param)
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine; ends on a machine that has one")
     return str(request.param)

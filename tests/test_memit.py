@@ -20,6 +20,8 @@ from kbsync.errors import EditError
 from kbsync.versions.delta import read_delta, write_delta
 from tests.tiny import FACTS, tiny_gpt2, tiny_llama, tiny_preset, tiny_statistics
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def random_targets(seed: int = 1) -> dict[str, Target]:
     """Some z for each fact."""
@@ -35,14 +37,14 @@ def products(insertion: Insertion) -> dict[str, Tensor]:
 
 
 def edited(base: Base, insertion: Insertion) -> dict[str, Tensor]:
-    return {name: base.weight(name).double() + change for name, change in products(insertion).items()}
+    return {name: base.weight(name).double().cpu() + change for name, change in products(insertion).items()}
 
 
 def state(base: Base, text: str, layer: int) -> Tensor:
     """The unmodified forward's state after `layer` at the last token."""
-    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]]).to(base.device)
     found: Tensor = base.network(ids, output_hidden_states=True).hidden_states[layer + 1][0, -1]
-    return found
+    return found.cpu()
 
 
 @pytest.mark.parametrize("layers", [(2,), (1, 2, 3), (0, 2, 3)], ids=str)
@@ -81,13 +83,13 @@ def test_small_batches_with_keys_kept_are_one_batch() -> None:
     statistics, targets = tiny_statistics(base, preset, contexts=["{}"]), random_targets()
     (name,) = statistics.covariance
     whole = products(insert(base, FACTS, targets, statistics, preset))[name]
-    masters, keys = base.weight(name).double(), torch.empty(0, 48)
+    masters, keys = base.weight(name).double().cpu(), torch.empty(0, 48)
     for fact in FACTS:
         with weights_in(base, {name: masters}):
             step = insert(base, [fact], targets, statistics, preset, masters={name: masters}, protected={name: keys})
         masters = masters + products(step)[name]
         keys = torch.cat((keys, step.delta.factors[name].keys))
-    assert torch.allclose(masters - base.weight(name), whole, atol=1e-10)
+    assert torch.allclose(masters - base.weight(name).cpu(), whole, atol=1e-10)
 
 
 def test_masters_are_what_the_cast_is_measured_on(device: str) -> None:
@@ -166,7 +168,7 @@ def test_oracle_averages_keys_alike_with_the_bare_prompt_only() -> None:
         statistics = tiny_statistics(base, preset, contexts=["{}"])
         found = products(insert(base, FACTS, random_targets(), statistics, preset))
         expected = plain_insert(base, FACTS, random_targets(), statistics, preset)
-        assert all(torch.allclose(found[name], expected[name], atol=1e-8) for name in expected)
+        assert all(torch.allclose(found[name], expected[name].cpu(), atol=1e-8) for name in expected)
 
 
 def test_refusals() -> None:

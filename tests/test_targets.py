@@ -15,6 +15,8 @@ from kbsync.errors import EditError
 from kbsync.facts import EditRequest
 from tests.tiny import CONTEXTS, FACTS, request, tiny_llama, tiny_preset
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def difference(one: dict[str, Target], other: dict[str, Target]) -> float:
     """The largest difference of two sets of z of the same facts."""
@@ -83,7 +85,7 @@ def test_loss_is_the_models_own() -> None:
         return hidden
 
     handle = base.layer(preset.layers[-1]).register_forward_hook(replace)
-    log_probs = base.network(torch.tensor([encoded["input_ids"]])).logits[0].log_softmax(dim=1)
+    log_probs = base.network(torch.tensor([encoded["input_ids"]]).to(base.device)).logits[0].log_softmax(dim=1)
     handle.remove()
     each = [log_probs[at - 1, encoded["input_ids"][at]] for at in range(first, len(encoded["input_ids"]))]
     assert target.loss == pytest.approx(-float(torch.stack(each).mean()), abs=1e-9)

@@ -35,6 +35,8 @@ from kbsync.editor.preset import Preset
 from kbsync.editor.statistics import Statistics
 from kbsync.facts import EditRequest, FactKey
 
+DEVICE = "cpu"
+"""Where models are made unless it is said: the `device` fixture sets it, so every test that has it runs there."""
 LAYERS = 6
 WIDTH = 32
 VOCABULARY = 384
@@ -119,7 +121,7 @@ def tiny(
     variant: str,
     *,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | None = None,
     bos: bool = False,
     seed: int = 0,
     **changes: Any,
@@ -171,7 +173,7 @@ def tiny_llama(
     *,
     square: bool = False,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | None = None,
     bos: bool = False,
     seed: int = 0,
 ) -> Base:
@@ -198,7 +200,12 @@ def tiny_llama(
 
 
 def tiny_gpt2(
-    *, square: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu", bos: bool = False, seed: int = 0
+    *,
+    square: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    bos: bool = False,
+    seed: int = 0,
 ) -> Base:
     """A random GPT-2: 6 layers, d 32, f 64 (32 with `square`), 4 heads, Conv1D, tied embeddings."""
     config = GPT2Config(
@@ -258,8 +265,8 @@ def save(base: Base, folder: Path) -> Path:
     return folder
 
 
-def _base(network: Any, family: str, dtype: torch.dtype, device: str, bos: bool) -> Base:
-    network.to(device=device, dtype=dtype)
+def _base(network: Any, family: str, dtype: torch.dtype, device: str | None, bos: bool) -> Base:
+    network.to(device=device or DEVICE, dtype=dtype)
     return base_of(network, tiny_tokenizer(bos=bos), FAMILIES[family], f"tiny-{family}")
 
 
