@@ -59,6 +59,7 @@ def draw_severed(report: Mapping[str, Any], path: Path) -> Path:
             places = [layer + 0.27 * (number - 1) for layer in layers]
             thin = {"elinewidth": 0.7, "ecolor": "0.25"}
             axes.bar(places, mean, 0.27, color=colour, label=label, yerr=errors, error_kw=thin)
+        axes.set_ylim(top=1.2 * max(max(effects[kind]["high"]) for kind, _, _ in bars))  # room for the words
         _label(axes, "layer at which the state is restored", len(layers))
         axes.set_ylabel("average indirect effect\n(gain in probability of the answer)")
         axes.set_title(
