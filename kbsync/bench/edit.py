@@ -36,7 +36,6 @@ EXACT: Mapping[str, Any] = {
     "betas": (0.9, 0.999),
     "steps": 25,
     "early_steps": 0,
-    "stop_loss": 0.05,
     "stop_top": False,
 }
 """The optimisation of the authors' code: what `exact` and the baseline follow."""
