@@ -23,19 +23,16 @@ from kbsync.bench.settings import changed
 from kbsync.config import Workspace
 from kbsync.editor.datasets import dataset_of, load_counterfact, load_facts, load_references, load_zsre
 from kbsync.editor.preset import Preset, load_preset, packaged_presets
-from kbsync.errors import EditError, ModelError, UsageError
+from kbsync.errors import ModelError, UsageError
 from kbsync.hub import fingerprint, resolve_model
 from kbsync.ledger import Ledger
 from kbsync.progress import Progress, silent
 from kbsync.serving import Versions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from kbsync.editor.assess import Dataset, Edited, Options
     from kbsync.editor.drift import HeldOut
     from kbsync.editor.model import Base
-    from kbsync.editor.statistics import Statistics
     from kbsync.facts import EditRequest
 
 __all__ = ["Subject", "edit", "evaluate", "open_model", "open_version", "read_dataset", "watch"]
@@ -70,7 +67,9 @@ def open_version(
     workspace: Workspace, ledger: Ledger, version: int | Literal["live"], *, progress: Progress = silent
 ) -> Subject:
     """A version of the workspace's model and the facts that it holds. Raises what `Versions.load` raises."""
+    from kbsync.editor.drift import HeldOut
     from kbsync.editor.model import weights_in
+    from kbsync.editor.statistics import statistics_for
     from kbsync.versions.delta import read_delta
     from kbsync.versions.export import version_matrices
 
@@ -87,7 +86,7 @@ def open_version(
     with ledger.read() as db:
         applied = db.applied(versions.model, row.number)
     subject.facts = [applied[key].request for key in sorted(applied)]
-    subject.texts = _held_out(_statistics(base, preset, progress))
+    subject.texts = [HeldOut("holdout", statistics_for(base, preset, progress=progress).holdout)]
     return subject
 
 
@@ -123,9 +122,9 @@ def edit(
 
     Raises UsageError for another method or key, ModelError for a model without a preset, EditError as the engine does.
     """
+    from kbsync.bench.lab import laboratory
     from kbsync.bench.methods import METHODS, fine_tuning
-    from kbsync.editor.model import weights_in
-    from kbsync.versions.weights import served
+    from kbsync.editor.tokens import placeable
 
     if method not in METHODS:
         raise UsageError(f"method {method!r} is not known", hint=f"one of: {', '.join(METHODS)}")
@@ -136,25 +135,25 @@ def edit(
         )
     chosen = fine_tuning(changes or {}) if method == "ft-w" else METHODS[method]
     preset = subject.preset = changed(subject.preset, {} if method == "ft-w" else changes or {})
-    base, statistics = subject.base, _statistics(subject.base, preset, progress)
-    fit, left_out = _placeable(base, requests, statistics.contexts)
+    lab = laboratory(subject.name, subject.base, preset, progress=progress)
+    fit, left_out = placeable(subject.base, requests, lab.statistics.contexts)
     start = time.perf_counter()
-    masters = chosen(base, preset, fit, statistics, progress)
+    (weights,) = chosen(lab, fit, [len(fit)])
     seconds = time.perf_counter() - start
-    subject.edited = partial(weights_in, base, {name: served(one, base.dtype) for name, one in masters.items()})
-    subject.texts = _held_out(statistics)
+    subject.edited = partial(lab.holding, weights)
+    subject.texts = lab.held_out()
     subject.about |= {
         "method": method,
         "changes": dict(changes or {}),
         "batch": len(fit),
-        "left_out": left_out,
-        "norms": _norms(base, masters),
+        "left_out": list(left_out.values()),
+        "norms": lab.norms(weights),
         "edit_seconds": round(seconds, 2),
     }
 
 
 def watch(subject: Subject, text: Path) -> None:
-    """Measure drift on the first 8,192 tokens of a text file too. Raises UsageError where there is no text to read."""
+    """Measure drift on the first 4,096 tokens of a text file too. Raises UsageError where there is no text to read."""
     from kbsync.bench.lab import TEXT_TOKENS
     from kbsync.editor.drift import windows
 
@@ -179,39 +178,3 @@ def evaluate(
         "total": dataset.total,
     }
     return about | subject.about | found | {"machine": machine()}
-
-
-def _norms(base: Base, masters: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖ΔW‖ / ‖W‖ (Frobenius) by module."""
-    pristine = {name: base.weight(name).double() for name in masters}
-    return {name: float((one - pristine[name]).norm() / pristine[name].norm()) for name, one in masters.items()}
-
-
-def _statistics(base: Base, preset: Preset, progress: Progress) -> Statistics:
-    from kbsync.editor.statistics import statistics_for
-
-    return statistics_for(base, preset, progress=progress)
-
-
-def _held_out(statistics: Statistics) -> list[HeldOut]:
-    """The text that drift is measured on: what the statistics kept apart."""
-    from kbsync.editor.drift import HeldOut
-
-    return [HeldOut("holdout", statistics.holdout)]
-
-
-def _placeable(
-    base: Base, requests: Sequence[EditRequest], contexts: Sequence[str]
-) -> tuple[list[EditRequest], list[str]]:
-    """The requests that can be edited in all contexts, and why the others cannot. Two of one text are one."""
-    from kbsync.editor.tokens import encode
-
-    fit, left_out = {}, []
-    for request in requests:
-        try:
-            for context in contexts:
-                encode(base, request, context)
-            fit[request.digest] = request
-        except EditError as error:
-            left_out.append(error.message)
-    return list(fit.values()), left_out

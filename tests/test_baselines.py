@@ -18,7 +18,7 @@ from kbsync.errors import UsageError
 from tests.tiny import CONTEXTS, FACTS, tiny_gpt2, tiny_llama, tiny_preset, tiny_statistics
 
 both = pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-SETTINGS = rome_settings(tiny_preset(stop_loss=0.01), layer=2)
+SETTINGS = rome_settings(tiny_preset(), layer=2)
 
 
 def weights(base: Base) -> dict[str, Tensor]:
@@ -128,9 +128,12 @@ def test_rome_makes_the_object_more_probable(device: str) -> None:
 
 
 def test_rome_takes_the_authors_settings_at_the_middle_layer() -> None:
-    settings = rome_settings(tiny_preset(null_space=0.1))
+    shortened = {"betas": (0.5, 0.9), "rate_decay": 0.2, "early_contexts": 1, "early_steps": 5, "stop_top": True}
+    settings = rome_settings(tiny_preset(null_space=0.1, **shortened))
     assert (settings.layers, settings.steps, settings.clamp, settings.key_average) == ((2,), 20, 4.0, "mean")
     assert settings.null_space is None
+    assert (settings.betas, settings.rate_decay, settings.stop_loss) == ((0.9, 0.999), 1.0, 0.05)
+    assert (settings.early_contexts, settings.early_steps, settings.stop_top) == (None, 0, False)
 
 
 def test_rome_of_several_layers_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kbsync.editor.preset import Preset
 from kbsync.errors import EditError, UsageError
 from kbsync.facts import EditRequest
 from tests.labs import bench, tiny_dataset, tiny_laboratory, tiny_options
-from tests.tiny import tiny_gpt2, tiny_llama, tiny_preset
+from tests.tiny import VARIANTS, tiny, tiny_preset
 
 places = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8)
 
@@ -48,7 +49,7 @@ def _cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def records(folder: Path) -> list[CounterFactRecord]:
-    return counterfact_records(f"counterfact:{tiny_dataset(folder)}", 8)
+    return counterfact_records(f"counterfact:{tiny_dataset(folder)}")[:8]
 
 
 def test_a_point_is_one_insertion_with_its_settings(lab: Laboratory, records: list[CounterFactRecord]) -> None:
@@ -118,10 +119,36 @@ def test_points_of_more_or_fewer_layers_share_the_targets() -> None:
     assert found["clamp × ⅔"].target_digest != preset.target_digest
 
 
-@pytest.mark.parametrize(("make", "name"), [(tiny_llama, "self_attn.o_proj"), (tiny_gpt2, "attn.c_proj")])
-def test_attention_writes_through_its_output_projection(make: Any, name: str) -> None:
-    base = make()
-    assert base.module(attention_spec(base).down_name(3)) is base.layer(3).get_submodule(name)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_writes_through_its_output_projection(variant: str) -> None:
+    """In every family: without these matrices, nothing of the other tokens reaches the last one."""
+    base = tiny(variant)
+    ids = [base.tokenizer(text).input_ids[-3:] for text in ("The capital of France", "It was late in France")]
+    assert ids[0][-1] == ids[1][-1]
+    assert ids[0] != ids[1]
+
+    def difference() -> float:
+        one, other = base.network(torch.tensor(ids)).logits[:, -1].detach()
+        return float((one - other).abs().max())
+
+    assert difference() > 1e-3
+    attention = replace(base, spec=attention_spec(base))
+    for layer in range(base.layers):
+        name = attention.spec.down_name(layer)
+        attention.set_weight(name, torch.zeros_like(attention.weight(name)))
+    assert difference() < 1e-6
+
+
+def test_a_point_that_cannot_be_meant_is_refused_before_anything_is_measured(
+    lab: Laboratory, records: list[CounterFactRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(points, "_PROJECTIONS", ())
+    monkeypatch.setattr(points.Laboratory, "scores", never)
+    with pytest.raises(UsageError, match="output projection is not known"):
+        points.measure(lab, [Point("as it is", {}), Point("attention", {}, attention=True)], records)
 
 
 def test_editing_the_attention_brings_the_states_to_z(lab: Laboratory, records: list[CounterFactRecord]) -> None:

@@ -35,7 +35,7 @@ def lab(folder: Path) -> Laboratory:
 
 @pytest.fixture(scope="module")
 def records(folder: Path) -> list[CounterFactRecord]:
-    return counterfact_records(f"counterfact:{tiny_dataset(folder)}", 9)
+    return counterfact_records(f"counterfact:{tiny_dataset(folder)}")[:9]
 
 
 def path_of(lab: Laboratory, records: list[CounterFactRecord], name: str) -> list[Weights]:

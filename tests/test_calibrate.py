@@ -161,6 +161,22 @@ def test_a_search_computes_each_target_once(tmp_path: Path, monkeypatch: pytest.
     value = found.to_json()
     assert value["rungs"][1]["trials"][0]["lambda"] == found.best.candidate.covariance_weight
     assert found.unedited == evaluate_counterfact(lab.base, RECORDS)
+    assert (found.fresh, found.confirmed) == (False, found.best.measurement)
+
+
+def test_the_winner_is_scored_on_facts_that_it_was_not_chosen_on(tmp_path: Path) -> None:
+    """Where there are as many again; the unedited model on the same ones."""
+    lab = tiny_laboratory(tmp_path)
+    found = search(Trials(lab, RECORDS), [lab.preset], (1,))
+    assert found.fresh
+    assert found.confirmed == Trials(lab, RECORDS[1:2]).measure(lab.preset, 1)
+    assert found.unedited == evaluate_counterfact(lab.base, RECORDS[1:2])
+    assert found.to_json()["confirmed"]["fresh"]
+
+
+def test_wider_models_get_more_text() -> None:
+    assert start("tiny", (1,), width=48).sample_tokens == 20_000
+    assert start("tiny", (1,), width=16_384).sample_tokens == 6 * 16_384
 
 
 def test_a_trial_of_settings_that_ruin_the_model_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,9 @@ def test_calibrate_writes_a_preset_that_can_be_used(
     assert {"edited", "unedited", "date", "libraries", "data", "search"} <= preset.scores.keys()
     assert preset.scores["search"]["facts"] == [1, 2]
     assert "2 facts of cities.json" in preset.scores["data"]
+    assert "which the settings were not chosen on" in preset.scores["data"]
     assert f"{preset.covariance_weight:g}" in printed
+    assert "the best on as many fresh facts" in printed
     written = out.read_bytes()
     _, err = run(capsys, *arguments, code=2)
     assert "mine.yaml: is there already" in err

@@ -125,14 +125,20 @@ def test_what_a_worker_computes_arrives_bit_for_bit(base: Base) -> None:
 
 
 def test_killing_a_worker_mid_run_loses_no_fact(backend: str, folder: Path, base: Base) -> None:
+    """One fact at a time, each of many steps: when the first one comes, all others are still open."""
+    slow = job(folder, preset=tiny_preset(token_budget=1, steps=60))
     found: list[str] = []
-    for fact, _ in open_executor(settings(backend, workers=1), base, job(folder)).map(MANY):
+    workers: set[int] = set()
+    for fact, _ in open_executor(settings(backend, workers=1), base, slow).map(MANY):
         if not found:
             (victim,) = replicas()
             victim.send_signal(signal.SIGKILL)
             assert gone([victim])
+        else:
+            workers.update(process.pid for process in replicas())
         found.append(fact.digest)
     assert sorted(found) == sorted(fact.digest for fact in MANY)
+    assert workers - {victim.pid}  # another one did what was open
 
 
 def test_ending_the_iteration_ends_the_workers(backend: str, folder: Path, base: Base) -> None:

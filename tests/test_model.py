@@ -74,10 +74,36 @@ def test_quantised_checkpoint_is_refused(folder: Path) -> None:
         load_base(folder, fingerprint="x")
 
 
-def test_absent_device_is_refused() -> None:
-    """A CUDA device that is not there is named, with the setting to change."""
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device; runs where there is none")
-    with pytest.raises(ModelError, match="cuda:7"):
-        choose_device("cuda:7")
-    assert choose_device("auto").type == "cpu"
+@pytest.mark.parametrize(("wanted", "there", "said"), [
+    ("cuda:7", 0, "device cuda:7: this machine has 0 CUDA devices"),
+    ("cuda", 0, "device cuda: this machine has 0"),
+    ("cuda:2", 2, "device cuda:2: this machine has 2"),
+    ("gpu", 2, "device 'gpu' is not known"),
+    ("cuda:x", 2, "device 'cuda:x' is not known"),
+    ("meta", 2, "device 'meta' is not supported"),
+])  # fmt: skip
+def test_a_device_that_is_not_there_is_named(
+    wanted: str, there: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the setting to change; not a traceback from the depth of torch."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(ModelError, match=said) as caught:
+        choose_device(wanted)
+    assert "device: auto" in caught.value.hint
+
+
+def test_devices_that_are_there_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_weights_that_cannot_be_read_are_named(folder: Path) -> None:
+    """A damaged file is a fault of the model's folder, not of the program."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=f"^{folder}: cannot be read: "):
+        load_base(folder, fingerprint="x", device="cpu")
+    path.unlink()
+    with pytest.raises(ModelError, match=f"^{folder}: cannot be read: "):
+        load_base(folder, fingerprint="x", device="cpu")

@@ -138,7 +138,7 @@ def test_every_setting_of_the_search_names_another_target() -> None:
     other: dict[str, object] = {
         "clamp": 0.5, "rate": 0.1, "rate_decay": 0.5, "betas": (0.5, 0.5),
         "steps": 3, "weight_decay": 0.1, "kl_weight": 0.1, "seed": 5,
-        "stop_loss": 0.2, "diverged_loss": 9.0, "stop_top": True, "early_contexts": 2, "early_steps": 3,
+        "stop_loss": 0.7, "diverged_loss": 9.0, "stop_top": True, "early_contexts": 4, "early_steps": 3,
         "chat_context": True, "layers": (3, 4),
     }  # fmt: skip
     digests = {preset.model_copy(update={name: value}).target_digest for name, value in other.items()}

@@ -54,7 +54,7 @@ def test_factor_is_made_once_for_every_weight(monkeypatch: pytest.MonkeyPatch) -
     normal = Normal(covariance(48, 500), CPU)
     for seed, weight in enumerate((1.0, 300.0)):
         normal.solve(random(48, 3, seed=seed), weight=weight)
-    assert sizes == [48]
+    assert sizes == [48, 3, 3]  # and what is left of the system, for each batch
 
 
 @pytest.mark.parametrize("keys", [2, 40], ids=["few", "many"])
@@ -67,6 +67,19 @@ def test_singular_covariance_is_solved_with_recorded_jitter(keys: int) -> None:
     solution = Normal(C, CPU).solve(K, weight=2.0)
     assert 0 < solution.jitter <= 2e-8 * float(C.diagonal().mean() + K.square().sum() / 48)
     assert torch.allclose((2 * C + K @ K.T) @ solution.U, K, atol=1e-6)
+
+
+def test_few_keys_in_directions_that_text_does_not_use_are_solved_directly() -> None:
+    """Where C is so small that λ is lost beside Vᵀ C^-1 V, equal keys make that singular; the system itself is not."""
+    C = torch.eye(48, dtype=torch.float64)
+    C.diagonal()[40:] = 1e-20
+    K = torch.zeros(48, 3, dtype=torch.float64)
+    K[40:] = random(8, 1)
+    K[:, 2] = random(48, 1, seed=2)[:, 0]
+    normal = Normal(C, CPU)
+    assert normal._by_woodbury(C, K, 3, 1.0) is None
+    U = normal.solve(K, weight=1.0).U
+    assert torch.allclose((C + K @ K.T) @ U, K, atol=1e-6)
 
 
 def test_indefinite_covariance_is_refused() -> None:

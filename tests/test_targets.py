@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from kbsync.editor import targets
 from kbsync.editor.layers import Layers
 from kbsync.editor.plain import plain_targets
+from kbsync.editor.rows import Row
 from kbsync.editor.targets import Target, compute_targets
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest
-from tests.tiny import CONTEXTS, FACTS, request, tiny_llama, tiny_preset
+from tests.tiny import CONTEXTS, FACTS, VOCABULARY, request, tiny_llama, tiny_preset
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -28,6 +31,7 @@ def difference(one: dict[str, Target], other: dict[str, Target]) -> float:
     {"kl_weight": 0.0},
     {"weight_decay": 0.0, "kl_weight": 2.0},
     {"clamp": 0.2},
+    {"clamp": 0.2, "diverged_loss": 5.5},
     {"clamp": 100.0, "rate": 0.1},
     {"layers": (0,)},
     {"layers": (4,)},
@@ -45,7 +49,8 @@ def test_every_setting_means_the_same_to_the_oracle(changes: dict[str, Any]) -> 
     preset = tiny_preset(token_budget=120, **changes)
     found, plain = compute_targets(base, FACTS, CONTEXTS, preset), plain_targets(base, FACTS, CONTEXTS, preset)
     assert difference(found, plain) < 1e-8
-    assert [target.steps for target in found.values()] == [target.steps for target in plain.values()]
+    for name in ("steps", "clamped", "diverged"):
+        assert [getattr(one, name) for one in found.values()] == [getattr(one, name) for one in plain.values()]
 
 
 def test_facts_that_are_done_make_room() -> None:
@@ -129,6 +134,22 @@ def test_same_request_twice_is_computed_once() -> None:
     assert len(found) == len(calls) == 2
 
 
+def test_logits_are_made_a_block_at_a_time_and_that_changes_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the objects' tokens and for the KL term alike."""
+    base = tiny_llama(dtype=torch.float64)
+    whole = compute_targets(base, FACTS, CONTEXTS, tiny_preset(kl_weight=1.0))
+    logits, rows = Layers.logits, list[int]()
+
+    def counted(layers: Layers, states: Tensor) -> Tensor:
+        rows.append(len(states))
+        return logits(layers, states)
+
+    monkeypatch.setattr(Layers, "logits", counted)
+    monkeypatch.setattr("kbsync.editor.objective.BLOCK", 2 * VOCABULARY)
+    assert difference(compute_targets(base, FACTS, CONTEXTS, tiny_preset(kl_weight=1.0)), whole) < 1e-9
+    assert max(rows) == 2
+
+
 def test_gradients_are_not_kept() -> None:
     """The search leaves no gradient in the model."""
     base = tiny_llama()
@@ -187,6 +208,50 @@ def test_out_of_memory_halves_the_budget_and_loses_no_fact(room: int, monkeypatc
     assert difference(found, whole) < 1e-10
     assert {digest: target.steps for digest, target in found.items()} == {d: t.steps for d, t in whole.items()}
     assert refused or room == 1000
+
+
+def rows_read(monkeypatch: pytest.MonkeyPatch, refused: Callable[[int, int], bool]) -> list[int]:
+    """Refuse to read rows where `refused` (number of the reading, rows) says so. The answer: rows by reading."""
+    read, seen = targets.read_rows, list[int]()
+
+    def short_of_memory(layers: Layers, rows: Sequence[Row], *rest: Any) -> None:
+        seen.append(len(rows))
+        read(layers, rows, *rest)
+        if refused(len(seen), len(rows)):
+            raise torch.OutOfMemoryError("no room for what is kept of them")
+
+    monkeypatch.setattr(targets, "read_rows", short_of_memory)
+    return seen
+
+
+ROWS = len(CONTEXTS) + 1
+"""Of a fact."""
+
+
+@pytest.mark.parametrize("facts", [1, 2, 3])
+def test_what_is_kept_of_fresh_facts_may_not_fit_either(facts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller passes do not help there: fewer facts are let in, down to one."""
+    base, preset = tiny_llama(dtype=torch.float64), tiny_preset(token_budget=4096)
+    whole = compute_targets(base, FACTS, CONTEXTS, preset)
+    seen = rows_read(monkeypatch, lambda _, rows: rows > facts * ROWS)
+    assert difference(compute_targets(base, FACTS, CONTEXTS, preset), whole) < 1e-10
+    assert seen[0] == len(FACTS) * ROWS
+    assert 0 < sum(rows <= facts * ROWS for rows in seen) <= len(FACTS)
+
+
+def test_facts_in_flight_go_on_where_no_other_fits_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were to come in go back to the queue, all of them, and lose nothing."""
+    base, preset = tiny_llama(dtype=torch.float64), tiny_preset(token_budget=60, steps=20, stop_loss=4.0)
+    whole = compute_targets(base, FACTS, CONTEXTS, preset)
+    seen = rows_read(monkeypatch, lambda reading, _: reading in (2, 3))
+    assert difference(compute_targets(base, FACTS, CONTEXTS, preset), whole) < 1e-10
+    assert sum(seen) > len(FACTS) * ROWS  # some were read again
+
+
+def test_without_room_for_what_is_kept_of_one_fact_the_search_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_read(monkeypatch, lambda *_: True)
+    with pytest.raises(EditError, match=r"out of memory: not even '.+' alone fits"):
+        compute_targets(tiny_llama(), FACTS, CONTEXTS, tiny_preset())
 
 
 def test_without_room_for_one_fact_the_search_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from kbsync.editor.model import Base
-from kbsync.editor.tokens import Tokens, encode, encode_prompt, encode_subject
+from kbsync.editor.tokens import Tokens, encode, encode_prompt, encode_subject, placeable
 from kbsync.errors import EditError
 from tests.tiny import CONTEXTS, FACTS, TEXT, request, tiny_llama
 
@@ -131,6 +131,20 @@ def test_context_must_end_in_the_prompt() -> None:
     """A context with text after the prompt has no place for the object."""
     with pytest.raises(EditError, match="does not end"):
         encode(BASES[False], FACTS[0], "{} and so on")
+    with pytest.raises(EditError, match="does not end"):
+        placeable(BASES[False], FACTS, ["{}", "{} and so on"])
+
+
+def test_what_can_be_placed_is_told_from_what_cannot_and_why() -> None:
+    """In all contexts: one text may be too long only after the longest of them."""
+    long = request("France is " + "very " * 20, "France", "old")
+    twice = request("France, the France of", "France", "Rome")
+    far = "It was late. " * 20 + "{}"
+    assert placeable(BASES[False], [*FACTS, FACTS[0], long], ["{}"]) == ([*FACTS, long], {})
+    good, reasons = placeable(BASES[False], [FACTS[1], long, twice], ["{}", far])
+    assert good == [FACTS[1]]
+    assert "the model reads 128" in reasons[long.digest]
+    assert "more than once" in reasons[twice.digest]
 
 
 def test_metaspace_tokenizer() -> None:

@@ -44,6 +44,7 @@ def document(benchmark: str, lab: Laboratory, dataset: str, **more: Any) -> dict
         },
         "statistics_tokens": lab.statistics.tokens,
         "diverged_targets": len(lab.diverged),
+        "left_out": len(lab.left_out),
         "contexts": len(lab.statistics.contexts),
         "dataset": f"{kind}:{path.name}",
         "dataset_sha256": sha256_of(path),

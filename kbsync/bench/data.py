@@ -8,22 +8,23 @@ from kbsync.errors import UsageError
 __all__ = ["counterfact_records", "distinct"]
 
 
-def counterfact_records(dataset: str, count: int | None = None) -> list[CounterFactRecord]:
-    """`count` records (default: all) of `counterfact:FILE`, each about a subject of its own, since two facts about one
+def counterfact_records(dataset: str, least: int = 1) -> list[CounterFactRecord]:
+    """The records of `counterfact:FILE`, each about a subject of its own, since two facts about one
     subject share a key.
 
-    Raises UsageError for another kind of data set or one with fewer such records, ConfigError for a file that is wrong.
+    Raises UsageError for another kind of data set or one with fewer than `least` such records, ConfigError for a file
+    that is wrong.
     """
     kind, path = dataset_of(dataset)
     if kind != "counterfact":
         raise UsageError(f"data set {dataset!r} cannot be used here", hint="--dataset counterfact:FILE")
     records = distinct(load_counterfact(path))
-    if len(records) < (count or 1):
+    if len(records) < least:
         raise UsageError(
-            f"{path}: has {len(records)} records about different subjects, {count} were asked for",
+            f"{path}: has {len(records)} records about different subjects, {least} were asked for",
             hint=f"ask for at most {len(records)} facts",
         )
-    return records[:count]
+    return records
 
 
 def distinct(records: list[CounterFactRecord]) -> list[CounterFactRecord]:

@@ -32,6 +32,8 @@ from kbsync.editor.preset import Preset, load_preset
 from kbsync.editor.statistics import Statistics, statistics_for
 from kbsync.editor.target_store import TargetStore
 from kbsync.editor.targets import Target, compute_targets
+from kbsync.editor.tokens import placeable
+from kbsync.errors import UsageError
 from kbsync.facts import EditRequest, digest_of
 from kbsync.hub import cache_dir, fingerprint, resolve_model
 from kbsync.progress import Progress, silent
@@ -64,7 +66,8 @@ PRISTINE = Weights({}, {})
 @dataclass(slots=True, eq=False)
 class Laboratory:
     """A model, its settings (`changes`: where they differ from its preset's file) and what goes with them. `seconds`
-    adds up wall-clock time by phase; `diverged` are the requests, by digest, whose targets came to nothing."""
+    adds up wall-clock time by phase; `diverged` are the requests, by digest, whose targets came to nothing, `left_out`
+    those that cannot be placed in their tokens, with the reason."""
 
     name: str
     base: Base
@@ -75,6 +78,7 @@ class Laboratory:
     progress: Progress = silent
     seconds: dict[str, float] = field(default_factory=dict)
     diverged: set[str] = field(default_factory=set)
+    left_out: dict[str, str] = field(default_factory=dict)
     _gauge: Gauge | None = None
 
     @contextmanager
@@ -105,6 +109,29 @@ class Laboratory:
         """The same laboratory with statistics of these layers too, collected together where one is missing."""
         wide = tuple(sorted({*self.preset.layers, *layers}))
         return replace(self.with_preset(changed(self.preset, {"layers": wide})), preset=self.preset)
+
+    def placeable(
+        self, records: Sequence[CounterFactRecord], count: int | None = None, *, least: int | None = None
+    ) -> list[CounterFactRecord]:
+        """The first `count` (default: all) of the records whose facts can be edited; `left_out` has the others.
+
+        Raises UsageError where there are fewer than `least` (default: `count`).
+        """
+        least = least or count or 1
+        found: list[CounterFactRecord] = []
+        for record in records:
+            if len(found) == count:
+                break
+            good, reasons = placeable(self.base, [record.request], self.statistics.contexts)
+            found += [record] if good else []
+            self.left_out.update(reasons)
+        if len(found) < least:
+            raise UsageError(
+                f"{len(found)} facts can be edited, {least} were asked for; "
+                f"{len(self.left_out)} cannot: {next(iter(self.left_out.values()), '')}",
+                hint="ask for fewer facts, or correct the data set",
+            )
+        return found
 
     @contextmanager
     def holding(self, weights: Weights) -> Iterator[Base]:

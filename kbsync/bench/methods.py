@@ -1,38 +1,42 @@
-"""Ways to edit by name: MEMIT as one batch, and the baselines. Each gives the edited matrices, in memory.
+"""Ways to edit by name: MEMIT and the baselines. Each gives the weights with the first n of some facts, for each n.
 
-masters = METHODS["rome"](base, preset, requests, statistics, progress)       # float64 [d, f] by module
+MEMIT and FT-W take the first n facts at once; ROME one after the other, so its path to the largest number passes the
+others.
+
+    for weights in METHODS["rome"](lab, requests, [1, 10, 100]): ...       # weights.masters: float64 [d, f] by module
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import Tensor
-
-from kbsync.bench.lab import PRISTINE, TARGETS, Laboratory
+from kbsync.bench.lab import PRISTINE, Laboratory, Weights
 from kbsync.editor.baselines import FineTuning, finetune, rome, rome_settings
-from kbsync.editor.model import Base
-from kbsync.editor.preset import Preset
-from kbsync.editor.statistics import Statistics
 from kbsync.errors import UsageError
 from kbsync.facts import EditRequest
-from kbsync.hub import cache_dir
-from kbsync.progress import Progress
 
-__all__ = ["METHODS", "fine_tuning"]
+__all__ = ["METHODS", "Method", "fine_tuning"]
 
-Masters = Mapping[str, Tensor]
-Method = Callable[[Base, Preset, Sequence[EditRequest], Statistics, Progress], Masters]
+Method = Callable[[Laboratory, Sequence[EditRequest], Sequence[int]], Iterator[Weights]]
+"""The weights with the first n of the facts, for each n, ascending."""
 
 
-def _memit(
-    base: Base, preset: Preset, requests: Sequence[EditRequest], statistics: Statistics, progress: Progress
-) -> Masters:
-    """Target vectors come from the user's cache where they are there."""
-    lab = Laboratory(preset.name, base, preset, statistics, cache_dir() / TARGETS, progress=progress)
-    return lab.edit(PRISTINE, requests, lab.targets(requests)).masters
+def _memit(lab: Laboratory, requests: Sequence[EditRequest], counts: Sequence[int]) -> Iterator[Weights]:
+    targets = lab.targets(requests)
+    for count in counts:
+        yield lab.edit(PRISTINE, requests[:count], targets)
+
+
+def _rome(lab: Laboratory, requests: Sequence[EditRequest], counts: Sequence[int]) -> Iterator[Weights]:
+    settings, weights = rome_settings(lab.preset), PRISTINE
+    for count in counts:
+        with lab.timed("rome"), lab.holding(weights) as base:
+            fresh = requests[weights.facts : count]
+            deltas = rome(base, fresh, lab.statistics, settings, progress=lab.progress)
+        weights = lab.plus(weights, deltas, facts=len(fresh))
+        yield weights
 
 
 def fine_tuning(changes: Mapping[str, Any]) -> Method:
@@ -42,22 +46,15 @@ def fine_tuning(changes: Mapping[str, Any]) -> Method:
         if name not in known:
             raise UsageError(f"ft-w has no setting {name!r}", hint=f"one of: {', '.join(known)}")
 
-    def method(
-        base: Base, _preset: Preset, requests: Sequence[EditRequest], _statistics: Statistics, progress: Progress
-    ) -> Masters:
-        return _added(base, finetune(base, requests, replace(FineTuning.of(base), **changes), progress=progress))
+    def method(lab: Laboratory, requests: Sequence[EditRequest], counts: Sequence[int]) -> Iterator[Weights]:
+        settings = replace(FineTuning.of(lab.base), **changes)
+        for count in counts:
+            with lab.timed("ft-w"):
+                deltas = finetune(lab.base, requests[:count], settings, progress=lab.progress)
+            yield lab.plus(PRISTINE, deltas, facts=count)
 
     return method
 
 
-def _rome(
-    base: Base, preset: Preset, requests: Sequence[EditRequest], statistics: Statistics, progress: Progress
-) -> Masters:
-    return _added(base, rome(base, requests, statistics, rome_settings(preset), progress=progress))
-
-
-def _added(base: Base, deltas: Mapping[str, Tensor]) -> Masters:
-    return {name: base.weight(name).double() + delta for name, delta in deltas.items()}
-
-
-METHODS: dict[str, Method] = {"memit": _memit, "ft-w": fine_tuning({}), "rome": _rome}
+METHODS: dict[str, Method] = {"memit": _memit, "rome": _rome, "ft-w": fine_tuning({})}
+"""By name as typed. ROME's and FT-W's settings are their authors'; see kbsync.editor.baselines."""

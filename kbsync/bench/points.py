@@ -21,7 +21,7 @@ from kbsync.errors import EditError, UsageError
 
 __all__ = ["Compared", "Measured", "Point", "attention_spec", "front", "measure"]
 
-_PROJECTIONS = ("self_attn.o_proj", "attn.c_proj", "attn.out_proj", "attention.dense", "self_attn.dense")
+_PROJECTIONS = ("self_attn.o_proj", "attn.c_proj", "attn.out_proj", "attention.dense", "self_attn.out_proj")
 """What families call the matrix that attention writes to the residual stream with, inside a block."""
 
 
@@ -79,12 +79,17 @@ def measure(
     presets = [changed(lab.preset, point.changes) for point in points]
     lab = lab.covering({layer for preset in presets for layer in preset.layers})
     lab = lab.watching(texts)
+    labs = [
+        (replace(lab, base=replace(lab.base, spec=attention_spec(lab.base))) if point.attention else lab).with_preset(
+            one
+        )
+        for point, one in zip(points, presets, strict=True)
+    ]
     scored = _drawn(records, evaluate, lab.preset.seed)
     unedited = summarise(lab.scores(PRISTINE, scored))
     found = []
-    for point, preset in zip(points, presets, strict=True):
-        other = replace(lab, base=replace(lab.base, spec=attention_spec(lab.base))) if point.attention else lab
-        found.append(_measure(other.with_preset(preset), point, records, scored))
+    for point, other in zip(points, labs, strict=True):
+        found.append(_measure(other, point, records, scored))
         lab.progress("points", len(found), len(points))
     places = [(one, at) for one in found if (at := _place(one, texts)) is not None]
     for (one, _), best in zip(places, front([at for _, at in places]), strict=True):

@@ -1,30 +1,23 @@
 """Scores over the number of facts inserted: Figure 5 of the paper (arXiv 2210.07229) on the model at hand.
 
-MEMIT and FT-W take the first n facts at once, for each n; ROME one after the other, so its path to the largest number
-passes the others.
-
-    result = measure(lab, records, [1, 10, 100], methods=["memit", "rome"])
-    result.points[-1].scores.efficacy           # of all 100 facts, with its interval
+result = measure(lab, records, [1, 10, 100], methods=["memit", "rome"])
+result.points[-1].scores.efficacy           # of all 100 facts, with its interval
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kbsync.bench.lab import PRISTINE, Laboratory, Weights
-from kbsync.editor.baselines import FineTuning, finetune, rome, rome_settings
+from kbsync.bench.lab import PRISTINE, Laboratory
+from kbsync.bench.methods import METHODS, Method
 from kbsync.editor.datasets import CounterFactRecord
 from kbsync.editor.drift import Drift, HeldOut
 from kbsync.editor.evaluate import CounterFactScores, summarise
 from kbsync.errors import EditError
-from kbsync.facts import EditRequest
 
-__all__ = ["METHODS", "Scaled", "Scaling", "measure"]
-
-Method = Callable[[Laboratory, Sequence[EditRequest], Sequence[int]], Iterator[Weights]]
-"""The weights with the first n of the facts, for each n, ascending."""
+__all__ = ["Scaled", "Scaling", "measure"]
 
 
 @dataclass(slots=True)
@@ -60,7 +53,8 @@ def measure(
     methods: Sequence[str] = ("memit",),
     texts: Sequence[HeldOut] = (),
 ) -> Scaling:
-    """The first n facts into the pristine base by each of `METHODS` named, for each n of `counts`, all of them scored.
+    """The first n facts into the pristine base by each method named (`kbsync.bench.methods`), for each n of `counts`,
+    all of them scored.
 
     A method that the engine refuses to go on with stops there; the result says why.
     """
@@ -90,30 +84,3 @@ def _fill(lab: Laboratory, method: Method, points: Sequence[Scaled], records: Se
             return
         point.seconds = lab.since(before)
         lab.progress(point.method, done + 1, len(points))
-
-
-def _memit(lab: Laboratory, requests: Sequence[EditRequest], counts: Sequence[int]) -> Iterator[Weights]:
-    targets = lab.targets(requests)
-    for count in counts:
-        yield lab.edit(PRISTINE, requests[:count], targets)
-
-
-def _rome(lab: Laboratory, requests: Sequence[EditRequest], counts: Sequence[int]) -> Iterator[Weights]:
-    settings, weights = rome_settings(lab.preset), PRISTINE
-    for count in counts:
-        with lab.timed("rome"), lab.holding(weights) as base:
-            fresh = requests[weights.facts : count]
-            deltas = rome(base, fresh, lab.statistics, settings, progress=lab.progress)
-        weights = lab.plus(weights, deltas, facts=len(fresh))
-        yield weights
-
-
-def _finetune(lab: Laboratory, requests: Sequence[EditRequest], counts: Sequence[int]) -> Iterator[Weights]:
-    for count in counts:
-        with lab.timed("ft-w"):
-            deltas = finetune(lab.base, requests[:count], FineTuning.of(lab.base), progress=lab.progress)
-        yield lab.plus(PRISTINE, deltas, facts=count)
-
-
-METHODS: dict[str, Method] = {"memit": _memit, "rome": _rome, "ft-w": _finetune}
-"""By name as typed. ROME's and FT-W's settings are their authors'; see kbsync.editor.baselines."""

@@ -36,6 +36,11 @@ class Trials:
         self.lab = lab.watching([text.first(DRIFT_TOKENS) for text in lab.held_out()])
         self.records = records
 
+    def fresh(self, facts: int) -> Trials | None:
+        """The same on the `facts` records after the first `facts`; None where there are not so many."""
+        rest = self.records[facts : 2 * facts]
+        return Trials(self.lab, rest) if len(rest) == facts else None
+
     def unedited(self, facts: int) -> CounterFactScores:
         """Scores of the first `facts` records before any edit."""
         return summarise(self.lab.scores(PRISTINE, self.records[:facts]))
@@ -53,10 +58,13 @@ class Trials:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The trials of each rung, best first, and the scores of the unedited model on the last rung's facts."""
+    """The trials of each rung, best first; what the winner reaches on as many facts as the last rung had, and the
+    unedited model's scores there. `fresh`: they are other facts, so that the choice does not flatter the numbers."""
 
     rungs: list[list[Trial]]
+    confirmed: Measurement
     unedited: CounterFactScores
+    fresh: bool
     drift_weight: float
 
     @property
@@ -69,6 +77,7 @@ class Search:
         return {
             "drift_weight": self.drift_weight,
             "unedited": numbers(self.unedited),
+            "confirmed": {"fresh": self.fresh, **_measured_json(self.confirmed)},
             "rungs": [
                 {"facts": rung[0].facts, "candidates": len(rung), "trials": [_trial_json(trial) for trial in rung]}
                 for rung in self.rungs
@@ -91,11 +100,13 @@ def search(
         return found
 
     rungs = successive_halving(presets, sizes, measure, drift_weight=drift_weight)
-    return Search(rungs, trials.unedited(sizes[-1]), drift_weight)
+    best, judge = rungs[-1][0], trials.fresh(sizes[-1])
+    confirmed = judge.measure(best.candidate, sizes[-1]) if judge else best.measurement
+    return Search(rungs, confirmed, (judge or trials).unedited(sizes[-1]), judge is not None, drift_weight)
 
 
 def _trial_json(trial: Trial) -> dict[str, Any]:
-    preset, measured = trial.candidate, trial.measurement
+    preset = trial.candidate
     return {
         "lambda": preset.covariance_weight,
         "clamp": preset.clamp,
@@ -103,6 +114,12 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
         "steps": preset.steps,
         "stop_top": preset.stop_top,
         "worth": trial.worth if math.isfinite(trial.worth) else None,
+        **_measured_json(trial.measurement),
+    }
+
+
+def _measured_json(measured: Measurement) -> dict[str, Any]:
+    return {
         "scores": numbers(measured.scores) if measured.scores else None,
         "drift": measured.drift,
         "stopped": measured.stopped,

@@ -66,6 +66,7 @@ def edit(
 
     records = counterfact_records(dataset, facts)
     with _laboratory(model, preset, changes, device) as lab:
+        records = lab.placeable(records, facts)
         found = measure(lab, records, baseline=min(facts, MOST_PLAIN) if baseline else 0)
     result = document("edit", lab, dataset, facts=facts) | found.to_json()
     _show(result, edit_table, None, None, as_json)
@@ -106,6 +107,7 @@ def sequential(
 
     records, chosen = counterfact_records(dataset, facts), _chosen(_split(strategy), STRATEGIES, "strategy")
     with _laboratory(model, preset, changes, device) as lab:
+        records = lab.placeable(records, facts)
         found = measure(lab, records, batch=batch, strategies=chosen, texts=lab.held_out(text))
     result = document("sequential", lab, dataset, facts=facts, batch=batch) | found.to_json()
     _show(result, sequential_table, draw_sequential, plot, as_json)
@@ -134,6 +136,7 @@ def frontier(
     records, named = counterfact_records(dataset, facts), _points(point)
     with _laboratory(model, preset, changes, device) as lab:
         points = named or frontier_points(lab.preset)
+        records = lab.placeable(records, facts)
         found = measure(lab, points, records, evaluate=evaluate, texts=lab.held_out(text))
     _show_points(document("frontier", lab, dataset, facts=facts) | found.to_json(), plot, as_json)
 
@@ -161,6 +164,7 @@ def ablation(
     records, named = counterfact_records(dataset, facts), _points(point)
     with _laboratory(model, preset, changes, device) as lab:
         points = named or ablation_points(lab.preset, lab.base.layers)
+        records = lab.placeable(records, facts)
         found = measure(lab, points, records, evaluate=evaluate, texts=lab.held_out(text))
     _show_points(document("ablation", lab, dataset, facts=facts) | found.to_json(), plot, as_json)
 
@@ -181,13 +185,15 @@ def scaling(
     """Scores over the number of facts inserted (Figure 5 of the paper), by MEMIT, ROME and FT-W."""
     from kbsync.bench.conditions import document
     from kbsync.bench.data import counterfact_records
+    from kbsync.bench.methods import METHODS
     from kbsync.bench.report import scaling_table
-    from kbsync.bench.scaling import METHODS, measure
+    from kbsync.bench.scaling import measure
     from kbsync.plots.bench import draw_scaling
 
     counts, chosen = _counts(facts), _chosen(_split(method) or ["memit"], METHODS, "method")
     records = counterfact_records(dataset, max(counts))
     with _laboratory(model, preset, changes, device) as lab:
+        records = lab.placeable(records, max(counts))
         found = measure(lab, records, counts, methods=chosen, texts=lab.held_out(text))
     result = document("scaling", lab, dataset, facts=max(counts), counts=counts) | found.to_json()
     _show(result, scaling_table, draw_scaling, plot, as_json)
@@ -216,7 +222,7 @@ def mix(
 
     wanted = pairs(counterfact_records(dataset), count=PAIRS, facts=facts, named=_pairs(pair))
     with _laboratory(model, preset, changes, device) as lab:
-        found = measure(lab, wanted)
+        found = measure(lab, [(lab.placeable(one), lab.placeable(other)) for one, other in wanted])
     _show(document("mix", lab, dataset, facts=facts) | found.to_json(), mix_table, draw_mix, plot, as_json)
 
 
@@ -291,6 +297,8 @@ def _show(
         emit(result)
     else:
         table(title(result), *rows(result))
+        if result["left_out"]:
+            say(f"left out: {result['left_out']} facts that cannot be placed in their tokens")
     if plot is not None and draw is not None:
         draw(result, plot)
         for file in files(plot) if not as_json else ():

@@ -101,10 +101,13 @@ def calibrate(
     began = time.perf_counter()
     with bars() as progress:
         chosen, why = _layers(base, layers, traced, facts, progress)
-        lab = laboratory(name, base, start(path.stem, chosen), progress=progress)
+        width = base.weight(base.spec.down_name(0)).shape[1]
+        lab = laboratory(name, base, start(path.stem, chosen, width=width), progress=progress)
+        records = lab.placeable(records, 2 * sizes[-1], least=sizes[-1])
         found = search(Trials(lab, records), candidates(lab.preset), sizes, drift_weight=drift_weight)
     described = _described(name, base, facts, time.perf_counter() - began)
     result = described | found.to_json() | {"layers": {"chosen": list(chosen), "why": why}, "preset": str(path)}
+    result |= {"left_out": list(lab.left_out.values())}
     preset = calibrated(found.best, _scores(result, found.best, lab.statistics.tokens), f"Layers {why}.")
     write_durably(path, preset_yaml(preset), mode=0o644)
     if as_json:
@@ -136,17 +139,17 @@ def _sizes(rungs: str) -> list[int]:
     return sizes
 
 
-def _records(path: Path, count: int) -> list[CounterFactRecord]:
-    """`count` counterfactual records about different subjects. Raises UsageError where the file has fewer."""
+def _records(path: Path, least: int) -> list[CounterFactRecord]:
+    """Counterfactual records about different subjects. Raises UsageError where the file has fewer than `least`."""
     from kbsync.bench.data import distinct
     from kbsync.editor.datasets import load_counterfact
     from kbsync.editor.known import counterfactuals, is_counterfact, load_known
     from kbsync.errors import UsageError
 
     found = distinct(load_counterfact(path) if is_counterfact(path) else counterfactuals(load_known(path)))
-    if len(found) < count:
-        raise UsageError(f"{path}: {len(found)} facts to try settings on, {count} wanted", hint="smaller --rungs")
-    return found[:count]
+    if len(found) < least:
+        raise UsageError(f"{path}: {len(found)} facts to try settings on, {least} wanted", hint="smaller --rungs")
+    return found
 
 
 def _layers(
@@ -186,14 +189,18 @@ def _traced(base: Base, path: Path) -> tuple[tuple[int, ...], str]:
 
 def _scores(result: dict[str, Any], best: Trial, tokens: int) -> dict[str, Any]:
     """What a calibrated preset says that it measured, and how."""
-    measured = result["rungs"][-1]["trials"][0]
+    measured = result["confirmed"]
+    chosen = (
+        "which the settings were not chosen on" if measured["fresh"] else "the same that the settings were chosen on"
+    )
+    edited = {"drift": round(measured["drift"], 4)} if measured["scores"] else {"stopped": measured["stopped"]}
     return {
-        "data": f"{best.facts} facts of {result['file']['name']} as one batch, {result['dtype']}",
+        "data": f"{best.facts} facts of {result['file']['name']} as one batch, {chosen}; {result['dtype']}",
         "date": result["date"],
         "libraries": result["libraries"],
         "statistics": f"{best.candidate.corpus}, {tokens} tokens",
         "unedited": result["unedited"],
-        "edited": measured["scores"] | {"drift": round(measured["drift"], 4)},
+        "edited": (measured["scores"] or {}) | edited,
         "search": {
             "objective": f"S - {result['drift_weight']:g} x drift (KL to the base, nats per token)",
             "value": round(best.worth, 2),
@@ -219,7 +226,12 @@ def _show_search(result: dict[str, Any]) -> None:
         ]
         title = f"best of {rung['candidates']} settings on {rung['facts']} facts"
         table(title, (*names, "stop_top", "ES", "PS", "NS", "S", "drift", "worth"), rows)
-    say(f"worth = S - {result['drift_weight']:g} x drift; unedited {result['unedited']}; {result['seconds']} s")
+    say(f"worth = S - {result['drift_weight']:g} x drift; {result['seconds']} s")
+    confirmed = result["confirmed"]
+    facts = "as many fresh facts" if confirmed["fresh"] else "the same facts, for the file has no more"
+    say(f"the best on {facts}: {confirmed['scores'] or confirmed['stopped']}; unedited {result['unedited']}")
+    for problem in result["left_out"]:
+        say(f"[yellow]left out:[/] {escape(problem)}")
 
 
 def _load(name: str, device: str, dtype: str) -> tuple[str, Base]:

@@ -50,6 +50,8 @@ _SEARCHES: tuple[Mapping[str, Any], ...] = (
 )
 """Ways to look for z: the paper's for GPT-J, and one thing changed at a time. λ does not touch z, so each way costs
 its z once, whatever the number of λ."""
+_TOKENS, _TOKENS_PER_NEURON = 20_000, 6
+"""Tokens of the statistics: C [f, f] of hardly more tokens than f has directions that no text was seen in."""
 KEEP = 3
 """One of so many candidates goes on to the next rung."""
 
@@ -79,8 +81,11 @@ class Trial:
     worth: float
 
 
-def start(name: str, layers: Sequence[int], *, seed: int = 0) -> Preset:
-    """The settings to search from: the paper's for GPT-J, on these layers. What is not searched stays as it is here."""
+def start(name: str, layers: Sequence[int], *, width: int = 0, seed: int = 0) -> Preset:
+    """The settings to search from: the paper's for GPT-J, on these layers. What is not searched stays as it is here.
+
+    `width` is f, the inner width of the MLPs: the wider, the more tokens the statistics are made of.
+    """
     return Preset(
         name=name,
         layers=tuple(layers),
@@ -88,6 +93,7 @@ def start(name: str, layers: Sequence[int], *, seed: int = 0) -> Preset:
         clamp=0.75,
         rate=0.5,
         steps=25,
+        sample_tokens=max(_TOKENS, _TOKENS_PER_NEURON * width),
         seed=seed,
         token_budget=2048,
         chat_context=False,

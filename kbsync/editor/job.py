@@ -113,7 +113,8 @@ class EditJob(ModelJob):
 
 
 class FailedFact(_Value):
-    """A request that the edited weights do not answer, or that has no target vector, with the evidence."""
+    """A request that cannot be placed in its tokens, has no target vector or is not answered by the edited weights,
+    with the evidence."""
 
     digest: str
     evidence: str

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from kbsync.editor.model import ModelSpec, read_config
+from kbsync.editor.objective import BLOCK
 from kbsync.editor.preset import Preset
 from kbsync.errors import ModelError
 
@@ -31,6 +32,8 @@ _BEFORE = 15
 """Tokens of a text before it."""
 _PREDICTED = 0.3
 """The share of a batch's tokens that predict a token of an object, and so have logits."""
+_TEXTS = 7
+"""Texts of a fact: six contexts and the KL term's."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -100,8 +103,9 @@ def targets_bytes(config: Any, shape: tuple[int, int], preset: Preset, size: int
     a counts the layers above L and one more, for what is in work. Kept for the gradient: T·a·(3f + 12d) numbers (the
     MLP's three inner states; norms, queries and the attention's output). Keys and values of the tokens before, three
     times (as stored, gathered, joined to the batch's own): 3·2·a·S·(T / suffix)·k, k being all key-value heads
-    together. Logits of the predicting tokens in float32, three times (logits, log-probabilities, gradient):
-    3·4·0.3·T·vocabulary.
+    together. Logits of the predicting tokens in float32, a block at a time, three times (logits, log-probabilities,
+    gradient): 3·4·0.3·T·vocabulary at most. What the KL term compares with, kept per fact and once more for the step:
+    2·4·vocabulary·T / (suffix·texts).
     """
     d, f = shape
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -109,7 +113,9 @@ def targets_bytes(config: Any, shape: tuple[int, int], preset: Preset, size: int
     tokens, above = preset.token_budget, config.num_hidden_layers - preset.layers[-1]
     states = tokens * above * (3 * f + 12 * d)
     past = 6 * above * _BEFORE * tokens // _SUFFIX * heads * width
-    return int(states + past) * size + int(12 * _PREDICTED * tokens * config.vocab_size)
+    logits = 12 * min(_PREDICTED * tokens * config.vocab_size, max(BLOCK, config.vocab_size))
+    essence = 8 * config.vocab_size * tokens / (_SUFFIX * _TEXTS) if preset.kl_weight else 0
+    return int(states + past) * size + int(logits + essence)
 
 
 def available(device: str) -> tuple[str, int]:

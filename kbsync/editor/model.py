@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -76,6 +77,7 @@ FAMILIES: dict[str, ModelSpec] = {
 """Model families by `config.model_type`. Others are refused: a wrong guess would damage the model silently."""
 BALANCED = "balanced"
 """The device that is all GPUs together; accelerate's name for it."""
+_DEVICES = "`device: auto`, cpu, cuda, cuda:1 or balanced (or --device)"
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _USE_ONE = f"use a dense model of one of these families: {', '.join(sorted(FAMILIES))}"
 
@@ -170,12 +172,17 @@ def weights_in(base: Base, matrices: Mapping[str, Tensor]) -> Iterator[Base]:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """`auto` is cuda where there is one, else cpu. Raises ModelError for a device that is not there."""
+    """`auto` is cuda where there is one, else cpu. Raises ModelError for a device that is not known or not there."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {wanted}: no CUDA device on this machine", hint="set `device: auto` in kbsync.yaml")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ModelError(f"device {wanted!r} is not known", hint=_DEVICES) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {wanted!r} is not supported", hint=_DEVICES)
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()):
+        raise ModelError(f"device {wanted}: this machine has {there} CUDA devices", hint=_DEVICES)
     return device
 
 
@@ -206,25 +213,33 @@ def load_base(folder: Path, *, fingerprint: str, device: str = "auto", dtype: st
     """Load a checkpoint folder (safetensors only, no remote code) in eval mode without gradients.
 
     `device`: as `choose_device`, or `balanced`: the blocks are spread over all GPUs by accelerate. `dtype`: auto (the
-    checkpoint's), float32, bfloat16, float16, float64. Raises ModelError for what `read_config` refuses, a slow
-    tokenizer (its offsets cannot be trusted), down-projections that are fused or of a kind of their own, and a model
-    that does not fit the GPUs.
+    checkpoint's), float32, bfloat16, float16, float64. Raises ModelError for what `read_config` refuses, files that
+    cannot be read, a slow tokenizer (its offsets cannot be trusted), down-projections that are fused or of a kind of
+    their own, and a model that does not fit the GPUs.
     """
+    place = None if device == BALANCED else choose_device(device)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # kbsync draws its own, where wanted
     config, spec = read_config(folder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+    network: Any
+    tokenizer: Any
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+        network = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=device if device == BALANCED else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: cannot be read: {error}".splitlines()[0], hint="bring the model's files there anew"
+        ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{folder}: no fast tokenizer", hint="add tokenizer.json to the model's folder")
-    network: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        device_map=device if device == BALANCED else None,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    if device != BALANCED:
-        network.to(choose_device(device))
+    if place is not None:
+        network.to(place)
     return base_of(network, tokenizer, spec, fingerprint)
 
 

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from kbsync.editor.layers import Layers
 
-__all__ = ["divergence_from", "missing_tokens"]
+__all__ = ["BLOCK", "divergence_from", "missing_tokens"]
 
-_BLOCK = 2**22
+BLOCK = 2**22
 """Numbers of one block of logits (16 MiB in float32): small enough to stay near the processor."""
 
 
@@ -46,16 +46,21 @@ def missing_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For last states [m, d], each predicting a token of `expected` [m]: `weights` [m] x -log P of it [m], the gradient
     [m, d] of their sum (zeros unless `gradient`), and whether it is the most probable token [m]."""
-    rows = max(1, _BLOCK // int(layers.base.network.config.vocab_size))
     found = [
-        _block(layers, *part, gradient=gradient)
-        for part in zip(states.split(rows), expected.split(rows), weights.split(rows), strict=True)
+        _missing_block(layers, *part, gradient=gradient)
+        for part in zip(*_blocks(layers, states, expected, weights), strict=True)
     ]
     missing, slope, top = (torch.cat(parts) for parts in zip(*found, strict=True))
     return missing, slope, top
 
 
-def _block(
+def _blocks(layers: Layers, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor's rows in parts (views), as many at a time as one block of logits has."""
+    rows = max(1, BLOCK // int(layers.base.network.config.vocab_size))
+    return [one.split(rows) for one in tensors]
+
+
+def _missing_block(
     layers: Layers, states: Tensor, expected: Tensor, weights: Tensor, *, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.set_grad_enabled(gradient):
@@ -75,6 +80,17 @@ def divergence_from(
     `before` [e, vocabulary] holds log-probabilities; those of the rows that are `fresh` [e] are filled in with what
     they are now.
     """
+    found = [
+        _divergence_block(layers, *part, gradient=gradient)
+        for part in zip(*_blocks(layers, states, before, fresh), strict=True)
+    ]
+    divergence, slope = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return divergence, slope
+
+
+def _divergence_block(
+    layers: Layers, states: Tensor, before: Tensor, fresh: Tensor, *, gradient: bool
+) -> tuple[Tensor, Tensor]:
     with torch.set_grad_enabled(gradient):
         part = states.detach().requires_grad_(gradient)
         now = layers.logits(part).log_softmax(dim=1)

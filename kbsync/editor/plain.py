@@ -1,7 +1,8 @@
 """MEMIT written plainly from Algorithm 1 of arXiv 2210.07229: the oracle of the tests, the baseline of the benchmarks.
 
 One fact at a time, whole sequences, every layer, autograd through the whole model, a dense float64 solve. It shares
-nothing with the engine but the loaded model and the values: slow and obviously right, the engine being neither.
+nothing with the engine but the loaded model, the values and what counts as diverged: slow and obviously right, the
+engine being neither.
 
     targets = plain_targets(base, requests, contexts, preset)                    # z_i, Eqn 16
     deltas = plain_insert(base, requests, targets, statistics, preset)           # Δ_l [d, f], Eqn 14
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from kbsync.editor.model import Base
 from kbsync.editor.preset import Preset
-from kbsync.editor.targets import Target
+from kbsync.editor.targets import Target, has_diverged
 from kbsync.facts import EditRequest
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def _target(base: Base, request: EditRequest, contexts: Sequence[str], preset: P
             clamped = bool(delta.norm() > limit)
             if clamped:
                 delta.mul_(limit / delta.norm())
-    return Target(z=(h + delta).detach().cpu(), loss=float(loss.detach()), steps=step, clamped=clamped)
+    z, last = (h + delta).detach().cpu(), float(loss.detach())
+    return Target(z, last, step, clamped, has_diverged(z, last, clamped, preset))
 
 
 def _missing(log_probs: Tensor, text: _Text) -> Tensor:

@@ -10,6 +10,7 @@ preset is refused. Torch-free. Source of the settings: Meng et al. 2022, arXiv 2
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,14 +21,23 @@ from kbsync.documents import validate
 from kbsync.errors import ModelError
 from kbsync.facts import digest_of
 
-__all__ = ["Preset", "load_preset", "packaged_presets"]
+__all__ = ["AUTHORS", "Preset", "load_preset", "packaged_presets"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
-
+AUTHORS: Mapping[str, Any] = {
+    "rate": 0.5,
+    "rate_decay": 1.0,
+    "betas": (0.9, 0.999),
+    "steps": 25,
+    "early_contexts": None,
+    "early_steps": 0,
+    "stop_top": False,
+}
+"""The optimisation of the authors' code (kmeng01/memit): no setting that shortens the way to z."""
 GROWTH_FACTS = 100
 """Facts from which on λ grows, where it does."""
 

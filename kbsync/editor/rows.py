@@ -70,6 +70,10 @@ class Row:
         """Tokens from the lookup token on: what every step of the optimisation runs."""
         return self.end - self.tokens.lookup
 
+    def forget(self) -> None:
+        """Let go of what was read."""
+        self.states = self.past = torch.empty(0)
+
 
 @torch.no_grad()
 def read_rows(layers: Layers, rows: Sequence[Row], beginnings: Past, top: int, budget: int) -> None:

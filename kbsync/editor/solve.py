@@ -54,27 +54,32 @@ class Normal:
         V = keys if protected is None else torch.cat((protected, keys), dim=1)  # [f, m + n]
         if not (V.isfinite().all() and C.isfinite().all()):
             raise EditError("keys or covariance are not finite", hint="kbsync statistics verify")
-        if V.shape[1] * _FEW <= len(C):
-            U, jitter = self._by_woodbury(C, V, keys.shape[1], weight)
-        else:
+        few = V.shape[1] * _FEW <= len(C)
+        found = self._by_woodbury(C, V, keys.shape[1], weight) if few else None
+        if found is None:
             factor, jitter = _cholesky(torch.addmm(C, V, V.T, beta=weight))
-            U = torch.cholesky_solve(keys, factor)
+            found = torch.cholesky_solve(keys, factor), jitter
+        U, jitter = found
         missing = weight * (C @ U) + jitter * U + V @ (V.T @ U) - keys
         residual = float(missing.norm() / keys.norm())
         if not residual <= _WORST_RESIDUAL:
             raise EditError(f"the solve is off by {residual:.1e} (accepted: {_WORST_RESIDUAL:.0e})", hint=_MORE_TEXT)
         return Solution(U, residual, jitter)
 
-    def _by_woodbury(self, C: Tensor, V: Tensor, count: int, weight: float) -> tuple[Tensor, float]:
-        """A^-1 times the last `count` columns of V."""
+    def _by_woodbury(self, C: Tensor, V: Tensor, count: int, weight: float) -> tuple[Tensor, float] | None:
+        """A^-1 times the last `count` columns of V; None where C is so nearly singular that λ is lost beside its
+        inverse."""
         if self._factor is None:
             self._factor = _cholesky(C)
         factor, jitter = self._factor
         half = torch.linalg.solve_triangular(factor, V, upper=False)  # L^-1 V
         inner = half.T @ half  # Vᵀ C^-1 V
         inner.diagonal().add_(weight)
+        inner, failed = torch.linalg.cholesky_ex(inner)
+        if failed:
+            return None
         last = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)[:, -count:]
-        mixed = half @ torch.cholesky_solve(last, torch.linalg.cholesky(inner))
+        mixed = half @ torch.cholesky_solve(last, inner)
         return torch.linalg.solve_triangular(factor.T, mixed, upper=True), weight * jitter
 
 

@@ -61,7 +61,7 @@ class Statistics:
     fingerprint: str
     """Of the model's weights and tokenizer."""
     factors: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """Factorisations of λC that a solver keeps here, so that a small batch does not pay O(f³) again."""
+    """Factorisations of C that a solver keeps here, so that a small batch does not pay O(f³) again."""
 
 
 def statistics_for(

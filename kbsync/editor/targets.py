@@ -34,7 +34,7 @@ from kbsync.errors import EditError
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress, silent
 
-__all__ = ["Target", "compute_targets", "stream_targets"]
+__all__ = ["Target", "compute_targets", "has_diverged", "stream_targets"]
 
 log = structlog.get_logger()
 
@@ -259,20 +259,27 @@ class _Search:
         while self.queue and (not load or load + self.queue[-1].tokens <= self.budget):
             fresh.append(self.queue.pop())
             load += fresh[-1].tokens
-        if not fresh:
-            return facts, state
-        self._read([row for fact in fresh for row in fact.all_rows])
-        h = torch.stack([fact.bare.states[0] for fact in fresh]).to(self.dtype)
-        return facts + fresh, state.join(_State.begin(h, state.essence.shape[1]))
+        return self._let_in(fresh, facts, state)
 
-    def _read(self, rows: Sequence[Row]) -> None:
-        while True:
+    def _let_in(self, fresh: list[_Fact], facts: list[_Fact], state: _State) -> tuple[list[_Fact], _State]:
+        """Read the fresh facts beside those in flight. What does not fit goes back to the queue: all of them where
+        others are in flight, else half; one alone is read in ever smaller passes."""
+        while fresh:
             try:
-                return read_rows(self.layers, rows, self.beginnings, self.top, self.budget)
+                rows = [row for fact in fresh for row in fact.all_rows]
+                read_rows(self.layers, rows, self.beginnings, self.top, self.budget)
+                h = torch.stack([fact.bare.states[0] for fact in fresh]).to(self.dtype)
+                return facts + fresh, state.join(_State.begin(h, state.essence.shape[1]))
             except torch.OutOfMemoryError as error:
-                if self.budget < min(row.end for row in rows):
-                    raise _no_room(None) from error
-                self._halve()
+                if not facts and len(fresh) == 1 and self.budget < min(row.end for row in rows):
+                    raise _no_room(fresh[0].request) from error
+            for row in rows:
+                row.forget()
+            count = 0 if facts else max(1, len(fresh) // 2)
+            self.queue += reversed(fresh[count:])
+            fresh = fresh[:count]
+            self._halve()
+        return facts, state
 
     def _part(self, facts: list[_Fact], state: _State) -> tuple[list[_Fact], _State]:
         """The facts that fit into half of the token budget; the others wait, with what they have reached."""
@@ -377,11 +384,17 @@ class _Search:
 def _target(state: _State, index: int, loss: float, preset: Preset) -> Target:
     z = (state.h[index] + state.delta[index]).cpu()
     clamped = bool(state.clamped[index])
-    finite = math.isfinite(loss) and bool(z.isfinite().all())
-    diverged = not finite or (clamped and loss > preset.diverged_loss)
+    diverged = has_diverged(z, loss, clamped, preset)
     return Target(z=z, loss=loss, steps=int(state.steps[index]), clamped=clamped, diverged=diverged)
 
 
-def _no_room(request: EditRequest | None) -> EditError:
-    what = f"{request.prompt!r}" if request else "a fact"
-    return EditError(f"out of memory: not even {what} alone fits", hint="kbsync doctor shows what takes the memory")
+def has_diverged(z: Tensor, loss: float, clamped: bool, preset: Preset) -> bool:
+    """Whether a search that ended with these numbers has learned nothing (see `Target`)."""
+    finite = math.isfinite(loss) and bool(z.isfinite().all())
+    return not finite or (clamped and loss > preset.diverged_loss)
+
+
+def _no_room(request: EditRequest) -> EditError:
+    return EditError(
+        f"out of memory: not even {request.prompt!r} alone fits", hint="kbsync doctor shows what takes the memory"
+    )

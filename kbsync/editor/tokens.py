@@ -10,13 +10,14 @@ of pieces: BOS, leading spaces and merges break that. Definitions: MEMIT (arXiv 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kbsync.editor.model import Base
 from kbsync.errors import EditError
 from kbsync.facts import EditRequest
 
-__all__ = ["BARE", "Tokens", "encode", "encode_prompt", "encode_subject"]
+__all__ = ["BARE", "Tokens", "encode", "encode_prompt", "encode_subject", "placeable"]
 
 BARE = "{}"
 """The empty context: the prompt alone."""
@@ -58,11 +59,40 @@ def encode_subject(base: Base, request: EditRequest) -> Tokens:
     return _encode(base, request, BARE, _ESSENCE.replace("{subject}", request.subject), "", first=True)
 
 
-def _encode(base: Base, request: EditRequest, context: str, prompt: str, target: str, *, first: bool = False) -> Tokens:
-    """`first`: the prompt begins with the subject, which may occur in it once more ("a" in "a is a")."""
+def placeable(
+    base: Base, requests: Iterable[EditRequest], contexts: Sequence[str]
+) -> tuple[list[EditRequest], dict[str, str]]:
+    """The distinct requests that can be edited in all contexts, and by digest why the others cannot.
+
+    Raises EditError for a context that no text can be put in.
+    """
+    for context in contexts:
+        _head(context)
+    good: dict[str, EditRequest] = {}
+    reasons: dict[str, str] = {}
+    for request in requests:
+        try:
+            encode_subject(base, request)
+            for context in contexts:
+                encode(base, request, context)
+                encode_prompt(base, request, context)
+            good[request.digest] = request
+        except EditError as error:
+            reasons[request.digest] = error.message
+    return list(good.values()), reasons
+
+
+def _head(context: str) -> str:
+    """What a context puts before the prompt."""
     head, marker, tail = context.rpartition(BARE)
     if not marker or tail:
         raise EditError(f"context {context!r} does not end in {BARE}", hint="kbsync statistics build")
+    return head
+
+
+def _encode(base: Base, request: EditRequest, context: str, prompt: str, target: str, *, first: bool = False) -> Tokens:
+    """`first`: the prompt begins with the subject, which may occur in it once more ("a" in "a is a")."""
+    head = _head(context)
     start = len(head) + (0 if first else _only_place(request, prompt))
     text = head + prompt + target
     encoded = base.tokenizer(text, return_offsets_mapping=True)

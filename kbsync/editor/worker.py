@@ -9,6 +9,7 @@ Nothing is published here: the outcome is files named by their content, and a re
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from kbsync.editor.replica import libraries, open_base
 from kbsync.editor.statistics import Statistics, statistics_for
 from kbsync.editor.target_store import TargetStore
 from kbsync.editor.targets import Target
+from kbsync.editor.tokens import BARE, placeable
 from kbsync.errors import EditError, KbsyncError, StoreError
 from kbsync.executor import open_executor
 from kbsync.facts import EditRequest
@@ -49,6 +51,7 @@ __all__ = ["main", "perform"]
 
 NO_TEXT = torch.empty(0, 0, dtype=torch.long)
 """Held-out text of a probe that asks only for the facts."""
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 LIBRARIES = ("kbsync", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -175,10 +178,11 @@ class _Editor:
         self, out: Sequence[FailedFact], requests: Sequence[EditRequest], targets: Mapping[str, Target]
     ) -> tuple[list[EditRequest], dict[str, Target]]:
         """The requests without those that failed, and the targets of what is left. What a rebase has in the place of
-        one that failed goes in instead, unless it has no target itself."""
+        one that failed goes in instead, unless it cannot be placed or has no target itself."""
         failed = {fact.digest for fact in out}
         kept = [request for request in requests if request.digest not in failed]
         back = [EditRequest.from_json(self.job.instead[digest]) for digest in failed & self.job.instead.keys()]
+        back, _ = placeable(self.base, back, self.statistics.contexts)
         wanted = {request.digest: request for request in (*kept, *back)}
         found = {**targets, **self.targets(back)}
         left = [request for digest, request in wanted.items() if not found[digest].diverged]
@@ -199,6 +203,7 @@ class _Editor:
     def answered_before(self) -> set[str]:
         """The settled requests that the version left behind answers."""
         settled = [request for request in self.job.edit_requests() if request.digest in self.job.settled]
+        settled, _ = placeable(self.base, settled, [BARE])
         return self.answered(settled, self.served(self.masters(self.job.active))) if settled else set()
 
     def report(self, attempt: _Attempt) -> ProbeReport:
@@ -240,9 +245,9 @@ class _Editor:
             "drift": drift,
         }
 
-    def known(self) -> dict[str, bool]:
-        """Whether the pristine base already answers the requests that may be skipped for it, paraphrases too."""
-        asked = [request for request in self.job.edit_requests() if request.digest in self.job.skip_known]
+    def known(self, requests: Sequence[EditRequest]) -> dict[str, bool]:
+        """Whether the pristine base already answers those that may be skipped for it, paraphrases too."""
+        asked = [request for request in requests if request.digest in self.job.skip_known]
         return self._answers_all(asked)
 
     def forgotten(self, known: Mapping[str, bool], matrices: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -272,13 +277,16 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
     editor = _open(job, progress)
     base_hash = weights_sha256(editor.served(editor.masters(())))
     _check_start(editor)
-    known = editor.known()
+    placed, reasons = placeable(editor.base, job.edit_requests(), editor.statistics.contexts)
+    failed = [FailedFact(digest=digest, evidence=reason) for digest, reason in reasons.items()]
+    known = editor.known(placed)
     # Known facts need no column of their own, but the ones that they supersede still leave: so they stay in `requests`
     # until the live columns are worked out.
-    requests = [request for request in job.edit_requests() if not known.get(request.digest)]
+    requests = [request for request in placed if not known.get(request.digest)]
     editor.job = job = _without_superseded(job, [digest for digest, answered in known.items() if answered])
     targets = editor.targets(requests)
-    if failed := [_diverged(request, targets) for request in requests if targets[request.digest].diverged]:
+    failed += [_diverged(request, targets) for request in requests if targets[request.digest].diverged]
+    if failed:
         requests, targets = editor.without(failed, requests, targets)
     before = editor.answered_before()
     attempt = editor.attempt(requests, targets)
@@ -376,7 +384,14 @@ def main() -> None:
     except torch.OutOfMemoryError as error:
         _say({"error": EditError(f"out of memory: {error}", hint="lower batch.max_facts or token_budget").to_json()})
     except OSError as error:
-        _say({"error": StoreError(f"cannot write: {error}", hint="kbsync doctor").to_json()})
+        _say({"error": _refused(error).to_json()})
+
+
+def _refused(error: OSError) -> StoreError:
+    """What the system would not do, and with which file."""
+    what = "cannot write" if error.errno in _NO_WRITING else "the system refuses"
+    place = f"{error.filename}: " if error.filename else ""
+    return StoreError(f"{place}{what}: {error.strerror or error}", hint="kbsync doctor")
 
 
 def _end_with_parent() -> None:

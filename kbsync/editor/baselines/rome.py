@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kbsync.editor.memit import insert
 from kbsync.editor.model import Base, weights_in
-from kbsync.editor.preset import Preset
+from kbsync.editor.preset import AUTHORS, Preset
 from kbsync.editor.statistics import Statistics
 from kbsync.editor.targets import compute_targets
 from kbsync.errors import UsageError
@@ -28,15 +28,22 @@ from kbsync.versions.weights import served
 
 __all__ = ["rome", "rome_settings"]
 
-_AUTHORS = {"steps": 20, "rate": 0.5, "clamp": 4.0, "weight_decay": 0.5, "kl_weight": 0.0625, "key_average": "mean"}
-"""kmeng01/memit, hparams/ROME, the same for GPT-2 XL and GPT-J."""
+_ROME = {
+    "steps": 20,
+    "clamp": 4.0,
+    "weight_decay": 0.5,
+    "kl_weight": 0.0625,
+    "stop_loss": 0.05,
+    "key_average": "mean",
+}
+"""kmeng01/memit, hparams/ROME, the same for GPT-2 XL and GPT-J; the rest is as in MEMIT."""
 _OFF = {"null_space": None, "covariance_growth": 0.0}
 
 
 def rome_settings(preset: Preset, layer: int | None = None) -> Preset:
     """The authors' settings of ROME at one layer of a model: by default the middle one of those that MEMIT edits."""
     chosen = preset.layers[len(preset.layers) // 2] if layer is None else layer
-    return preset.model_copy(update={"layers": (chosen,), **_AUTHORS, **_OFF})
+    return preset.model_copy(update={"layers": (chosen,), **AUTHORS, **_ROME, **_OFF})
 
 
 def rome(
