@@ -34,6 +34,7 @@ PAGE = (ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
 OTHERWISE: dict[str, Any] = {
     "name": "other",
     "layers": (1, 2, 4),
+    "betas": (0.5, 0.9),
     "covariance_weight": 4.0,
     "corpus": "hf:owner/name",
     "sample_tokens": 123,
