@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kbsync.config import Workspace
 from kbsync.control import call
 from kbsync.errors import Busy, UsageError
 from kbsync.facts import FactKey
+from kbsync.garbage import collect
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast, rebase
@@ -22,6 +24,14 @@ from kbsync.reconcile import Reconciler, open_workspace
 from kbsync.undo import release, revert_fact, revert_version, rollback
 
 __all__ = ["COMMANDS", "UNDO", "execute", "perform"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """What a command does, and the arguments that it cannot do without: one of each group."""
+
+    run: Callable[[Reconciler, Mapping[str, Any]], dict[str, Any]]
+    needs: tuple[tuple[str, ...], ...] = ()
 
 
 def _sync(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,19 +76,20 @@ def _release(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, 
 
 
 def _gc(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return reconciler.gc(timedelta(seconds=arguments["older_than"]), dry=bool(arguments.get("dry")))
+    older_than = timedelta(seconds=arguments["older_than"])
+    return collect(reconciler.workspace, reconciler.ledger, older_than, dry=bool(arguments.get("dry")))
 
 
-COMMANDS: dict[str, Callable[[Reconciler, Mapping[str, Any]], dict[str, Any]]] = {
-    "sync": _sync,
-    "plan": _plan,
-    "approve": _approve,
-    "reject": _reject,
-    "rollback": _rollback,
-    "revert": _revert,
-    "rebase": _rebase,
-    "release": _release,
-    "gc": _gc,
+COMMANDS = {
+    "sync": _Command(_sync),
+    "plan": _Command(_plan),
+    "approve": _Command(_approve, (("run",),)),
+    "reject": _Command(_reject, (("run",),)),
+    "rollback": _Command(_rollback, (("to",),)),
+    "revert": _Command(_revert, (("version", "key"),)),
+    "rebase": _Command(_rebase),
+    "release": _Command(_release),
+    "gc": _Command(_gc, (("older_than",),)),
 }
 UNDO = frozenset({"rollback"})
 """Commands that go before a running edit: it is cancelled and planned again later."""
@@ -88,10 +99,10 @@ def execute(reconciler: Reconciler, command: str, arguments: Mapping[str, Any]) 
     """Do one command. Raises UsageError for one that is not known or lacks an argument."""
     if command not in COMMANDS:
         raise UsageError(f"no command {command}", hint="kbsync --help")
-    try:
-        return COMMANDS[command](reconciler, arguments)
-    except KeyError as error:
-        raise UsageError(f"{command} needs the argument {error}", hint=f"kbsync {command} --help") from error
+    for names in COMMANDS[command].needs:
+        if arguments.keys().isdisjoint(names):
+            raise UsageError(f"{command} needs the argument {' or '.join(names)}", hint=f"kbsync {command} --help")
+    return COMMANDS[command].run(reconciler, arguments)
 
 
 def perform(

@@ -2,13 +2,13 @@
 
 edit = Edit("edit", run_id, keep=live_facts_that_stay, edits=plan.edits)
 new_facts(edit, result)             # which column each fact got
-held_facts(edit, result, applied)   # a hold for each fact that failed
+held_facts(edit, result, staying, holds)   # a hold for each fact that failed
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kbsync.editor.job import ControlFile, EditResult
@@ -16,7 +16,7 @@ from kbsync.facts import Applied, FactKey, Hold
 from kbsync.plan import PlannedEdit
 from kbsync.versions.manifest import ActiveDelta
 
-__all__ = ["Edit", "Outcome", "anew", "columns", "held_facts", "new_facts", "superseded"]
+__all__ = ["Edit", "Outcome", "anew", "columns", "held_facts", "new_facts", "staying_facts", "superseded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Edit:
     holds: Sequence[Hold] = ()
     """Placed with the publication: what a revert must keep the next pass from putting back."""
     releases: Collection[FactKey] = ()
+    """Keys whose holds end with it, before any is placed."""
     reason: str = ""
 
 
@@ -54,27 +55,29 @@ def columns(active: Sequence[ActiveDelta], live: Collection[Applied]) -> tuple[t
     return tuple((delta, tuple(sorted(kept))) for delta, kept in columns.items() if kept)
 
 
-def superseded(edit: Edit, applied: Mapping[FactKey, Applied]) -> dict[str, tuple[str, int]]:
-    """Digest of a new request -> the column of the fact that it replaces, unless another live fact shares it."""
+def superseded(edit: Edit, applied: Mapping[FactKey, Applied]) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Digest of a new request -> the columns of the facts that it replaces, one for each key that it is for, but those
+    that another live fact shares."""
     shared = {(fact.delta, fact.column) for fact in edit.keep.values()}
-    return {
-        planned.request.digest: (old.delta, old.column)
-        for planned in edit.edits
-        if (old := applied.get(planned.request.key)) is not None and (old.delta, old.column) not in shared
-    }
+    found: dict[str, set[tuple[str, int]]] = {}
+    for planned in edit.edits:
+        old = applied.get(planned.request.key)
+        if old is not None and (old.delta, old.column) not in shared:
+            found.setdefault(planned.request.digest, set()).add((old.delta, old.column))
+    return {digest: tuple(sorted(columns)) for digest, columns in found.items()}
 
 
 def anew(edit: Edit) -> dict[str, Any]:
     """What a job has where no column stays: all live facts are among its requests."""
+    instead: dict[str, dict[str, Any]] = {}
+    for planned in edit.edits:
+        if planned.kind != "kept" and (old := planned.replaces) is not None:
+            instead.setdefault(planned.request.digest, {})[old.request.digest] = old.request.to_json()
     return {
         "live": (),
         "same": (),
         "settled": tuple(fact.request.digest for fact in edit.keep.values()),
-        "instead": {
-            planned.request.digest: old.request.to_json()
-            for planned in edit.edits
-            if planned.kind != "kept" and (old := planned.replaces) is not None
-        },
+        "instead": {digest: tuple(olds.values()) for digest, olds in instead.items()},
     }
 
 
@@ -96,17 +99,33 @@ def _put_back(planned: PlannedEdit) -> PlannedEdit:
     return PlannedEdit(old.request, "kept", old, old.object_id, "", "") if old else planned
 
 
-def held_facts(edit: Edit, result: EditResult, staying: Mapping[FactKey, Applied]) -> tuple[Hold, ...]:
-    """A hold on each fact that failed, frozen at what the weights hold for it instead."""
+def staying_facts(applied: Mapping[FactKey, Applied], active: Sequence[ActiveDelta]) -> dict[FactKey, Applied]:
+    """Those of the facts `applied` whose columns the `active` deltas still hold."""
+    excluded = {entry.delta: set(entry.excluded) for entry in active}
+    return {
+        key: fact for key, fact in applied.items() if fact.delta in excluded and fact.column not in excluded[fact.delta]
+    }
+
+
+def held_facts(
+    edit: Edit, result: EditResult, staying: Mapping[FactKey, Applied], holds: Mapping[FactKey, Hold]
+) -> tuple[Hold, ...]:
+    """A hold on each fact that failed, frozen at what the weights hold for it instead (`staying`).
+
+    A key that is held already, by one of `holds` or by the edit itself, is still held against the same object and for
+    the same reason: what a person rolled back must not come in because the fact that took its place failed.
+    """
     evidence = {failed.digest: failed.evidence for failed in result.failed}
-    return tuple(
-        Hold(
-            key=planned.request.key,
-            frozen=staying.get(planned.request.key),
-            held_out=planned.object_id,
-            reason="probe",
-            evidence=evidence[planned.request.digest],
-        )
-        for planned in edit.edits
-        if planned.request.digest in evidence
-    )
+    standing = {key: hold for key, hold in holds.items() if key not in edit.releases}
+    standing |= {hold.key: hold for hold in edit.holds}
+    held = []
+    for planned in edit.edits:
+        key, said = planned.request.key, evidence.get(planned.request.digest)
+        if said is None:
+            continue
+        frozen, before = staying.get(key), standing.get(key)
+        if before is None:
+            held.append(Hold(key, frozen, planned.object_id, "probe", said))
+        else:
+            held.append(replace(before, frozen=frozen, evidence=f"{before.evidence}; {said}"))
+    return tuple(held)

@@ -12,6 +12,7 @@ KbsyncError                     exit 1
 ├── StoreError                  a delta, manifest or HEAD is missing or damaged
 │   └── BaseMismatch            the base model is not the one that the versions were made on
 ├── EditError                   the engine refuses: subject not found, solve not accurate, not finite
+│   └── Inseparable             a fact cannot leave the weights alone, only by inserting all others anew
 ├── Busy                        another process holds the workspace
 ├── Cancelled                   stopped on request; put back for the next pass
 ├── Held                        exit 3   waits for `kbsync approve` or `kbsync reject`
@@ -31,6 +32,7 @@ __all__ = [
     "EditError",
     "GateRejected",
     "Held",
+    "Inseparable",
     "KbsyncError",
     "LedgerError",
     "ModelError",
@@ -133,6 +135,10 @@ class BaseMismatch(StoreError):
 
 class EditError(KbsyncError):
     """The engine refuses an edit rather than damage the model."""
+
+
+class Inseparable(EditError):
+    """A fact's share cannot be told from that of the others: only inserting all others anew takes it out."""
 
 
 class Busy(KbsyncError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from kbsync.facts import EditRequest
@@ -19,32 +19,44 @@ def shortfalls(probe: Mapping[str, Any], gate: Gate) -> list[str]:
 
     A number that was not measured (None: nothing to measure it on) passes; one that is not a number never does.
     """
-    reasons = []
-    for name in AT_LEAST:
-        value, limit = probe.get(name), getattr(gate, name)
-        if value is not None and not value >= limit:
-            reasons.append(f"{name} {value:.3f} is below {limit:g}")
-    for name in AT_MOST:
-        value, limit = probe.get(name), getattr(gate, name)
-        if value is not None and not value <= limit:
-            reasons.append(f"{name} {value:.3f} is above {limit:g}")
-    return reasons
+    return [*_too_low(probe, gate), *_too_high(probe, gate)]
 
 
 def shortfalls_by_policy(
     probe: Mapping[str, Any], requests: Collection[EditRequest], policies: Collection[Policy]
 ) -> list[str]:
-    """The same for a version that mixes policies: each one's gate, on its own facts among `requests`."""
-    reasons = []
+    """The same for a version that mixes policies: each one's gate, on its own facts among `requests`.
+
+    What is measured on the version as a whole has to pass the strictest gate of those policies, or, where none of the
+    facts is theirs, of all.
+    """
+    reasons, judging = [], []
     for policy in policies:
         ours = {request.digest for request in requests if request.key.relation in policy.wording()}
         facts = [fact for fact in probe["facts"] if fact["digest"] in ours]
         if not facts:
             continue
+        judging.append(policy.gate)
         wordings = sum(fact["paraphrases"] for fact in facts)
         own = {
             "efficacy": sum(fact["efficacy"] for fact in facts) / len(facts),
             "paraphrase": sum(fact["hits"] for fact in facts) / wordings if wordings else None,
         }
-        reasons += [f"{policy.policy}: {reason}" for reason in shortfalls({**probe, **own}, policy.gate)]
-    return reasons
+        reasons += [f"{policy.policy}: {reason}" for reason in _too_low(own, policy.gate)]
+    gates = judging or [policy.gate for policy in policies] or [Gate()]
+    limits = {name: min(getattr(gate, name) for gate in gates) for name in AT_MOST}
+    return [*reasons, *_too_high(probe, Gate(**limits))]
+
+
+def _too_low(probe: Mapping[str, Any], gate: Gate) -> Iterator[str]:
+    for name in AT_LEAST:
+        value, limit = probe.get(name), getattr(gate, name)
+        if value is not None and not value >= limit:
+            yield f"{name} {value:.3f} is below {limit:g}"
+
+
+def _too_high(probe: Mapping[str, Any], gate: Gate) -> Iterator[str]:
+    for name in AT_MOST:
+        value, limit = probe.get(name), getattr(gate, name)
+        if value is not None and not value <= limit:
+            yield f"{name} {value:.3f} is above {limit:g}"

@@ -20,7 +20,7 @@ import structlog
 
 from kbsync.child import run_edit
 from kbsync.config import Workspace
-from kbsync.edit import Edit, Outcome, anew, columns, held_facts, new_facts, superseded
+from kbsync.edit import Edit, Outcome, anew, columns, held_facts, new_facts, staying_facts, superseded
 from kbsync.editor.job import EditJob, EditResult
 from kbsync.editor.preset import Preset
 from kbsync.errors import Cancelled, StoreError
@@ -28,6 +28,7 @@ from kbsync.facts import Applied, EditRequest, FactKey, Hold, digest_of
 from kbsync.hub import ModelFolder
 from kbsync.ledger import Ledger, Reader
 from kbsync.ledger.records import PublishedVersion
+from kbsync.ledger.writer import Writer
 from kbsync.odometer import read_odometer
 from kbsync.plan import PlannedEdit, carried
 from kbsync.progress import Progress, silent
@@ -94,13 +95,20 @@ class Line:
     def odometer(self) -> Odometer:
         """How far HEAD is from the last rebase."""
         with self.ledger.read() as db:
-            return read_odometer(db, self.store, self.model)
+            return read_odometer(db, self.store, self.model, settings=self.settings_digest)
 
     def rebase_due(self, leaving: Collection[FactKey]) -> str | None:
         """Why the version that takes these keys' facts out of HEAD is to be a rebase; None: it is incremental."""
         with self.ledger.read() as db:
-            held = len(db.applied(self.model, db.head(self.model)))
-        return rebase_due(self.strategy, self.odometer(), live=held, whole=self.stored_whole(leaving))
+            applied = db.applied(self.model, db.head(self.model))
+        live, removes = len(applied), any(key in applied for key in leaving)
+        return rebase_due(
+            self.strategy,
+            self.odometer(),
+            live=live,
+            whole=self.stored_whole(leaving),
+            grown=removes and self.preset.weight_at(live) > self.preset.covariance_weight,
+        )
 
     def stored_whole(self, leaving: Collection[FactKey]) -> bool:
         """Whether a delta that one of these keys' facts would have to leave has no column per fact: its own, and those
@@ -126,28 +134,30 @@ class Line:
                 edits = [*carried(edit.keep, db.facts()), *edit.edits]
                 edit = replace(edit, edits=sorted(edits, key=lambda planned: planned.request.key))
             job = self._job(edit, db, head, row.weights_sha256)
-            applied = db.applied(self.model, head)
+            applied, holds = db.applied(self.model, head), db.holds(self.model)
         result = self.run_edit(job, progress=self.progress, cancelled=self.cancelled)
         facts = new_facts(edit, result)
-        staying = {applied.request.key: applied for _, applied in facts} if edit.kind == "rebase" else applied
-        held = held_facts(edit, result, staying)
+        inserted = {fact.request.key: fact for _, fact in facts}
+        staying = inserted if edit.kind == "rebase" else staying_facts(applied, result.active)
+        held = held_facts(edit, result, staying, holds)
         reasons = self._losses(edit, result) if edit.kind == "rebase" else []
         if not reasons and result.weights_sha256 == (row.weights_sha256 or result.base_weights_sha256):
-            self._note(edit, result, held)
+            self._note(edit, result, held, head)
             return Outcome(result, None, held)
         if judge is not None:
             reasons += judge(result.probe, [planned.request for planned, _ in facts])
         if reasons:
-            return Outcome(result, None, () if edit.kind == "rebase" else held, tuple(reasons))
+            kept_out = () if edit.kind == "rebase" else held_facts(edit, result, applied, holds)
+            return Outcome(result, None, kept_out, tuple(reasons))
         number = self._publish(edit, result, held, facts, head)
         return Outcome(result, number, held)
 
     def _losses(self, edit: Edit, result: EditResult) -> list[str]:
-        """Why a rebase loses too much: of the live facts that HEAD answers, or, on a base that holds nothing yet, of
-        all that it takes over."""
-        kept = {planned.request.digest for planned in edit.edits if planned.kind == "kept"}
-        failed = sum(1 for fact in result.failed if fact.digest in kept)
-        asked, lost = (result.answered, len(result.lost)) if edit.keep else (len(kept), failed)
+        """Why a rebase loses too much: of the live facts that HEAD answers, or, on another base, of all that it takes
+        over."""
+        taken = {p.request.digest for p in edit.edits if p.kind == "kept" and p.request.key not in edit.keep}
+        failed = sum(1 for fact in result.failed if fact.digest in taken)
+        asked, lost = (len(taken), failed) if taken else (result.answered, len(result.lost))
         if lost <= (1 - self.strategy.min_retention) * asked:
             return []
         return [
@@ -201,13 +211,20 @@ class Line:
             "same": None if edit.edits else self._same(db, edit.keep),
         }
 
-    def _note(self, edit: Edit, result: EditResult, held: Sequence[Hold]) -> None:
-        """Record what was learned where the weights stay as they are."""
+    def _note(self, edit: Edit, result: EditResult, held: Sequence[Hold], head: int) -> None:
+        """Record what was learned where the weights stay as they are: also which known facts HEAD answers."""
         with self.ledger.write() as db:
-            for hold in (*edit.holds, *held):
-                db.hold(self.model, hold, run_id=edit.run_id)
-            db.release(self.model, edit.releases)
-            db.note_known(self.fingerprint, result.known)
+            self._settle(db, edit, result, held, None)
+            if head and (result.remembered or result.forgotten):
+                report = dict(db.version(self.model, head).probe or {})
+                db.note_probe(self.model, head, report | _answers(result), run_id=edit.run_id)
+
+    def _settle(self, db: Writer, edit: Edit, result: EditResult, held: Sequence[Hold], version: int | None) -> None:
+        """The holds that an edit ends and places, and what the base was found to know."""
+        db.release(self.model, edit.releases)
+        for hold in (*edit.holds, *held):
+            db.hold(self.model, hold, run_id=edit.run_id, version=version)
+        db.note_known(self.fingerprint, result.known)
 
     def _publish(
         self,
@@ -238,13 +255,10 @@ class Line:
                     facts=[applied for _, applied in facts],
                     user=self.user,
                     reason=edit.reason,
-                    probe=result.probe | {"forgotten": list(result.forgotten)},
+                    probe=result.probe | _answers(result),
                 )
             )
-            for hold in (*edit.holds, *held):
-                db.hold(self.model, hold, run_id=edit.run_id, version=number)
-            db.release(self.model, edit.releases)
-            db.note_known(self.fingerprint, result.known)
+            self._settle(db, edit, result, held, number)
         try:
             self.store.write_head(number)
         except StoreError as error:  # published all the same: the next start writes HEAD anew from the ledger
@@ -306,3 +320,8 @@ class Line:
         if done.returncode:
             said = done.stderr[-500:].decode(errors="replace")
             log.error("on_publish_failed", version=number, status=done.returncode, stderr=said)
+
+
+def _answers(result: EditResult) -> dict[str, list[str]]:
+    """Which facts that the base answers by itself a version answers, too: kept with its probe report."""
+    return {"remembered": list(result.remembered), "forgotten": list(result.forgotten)}

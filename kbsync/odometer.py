@@ -14,14 +14,17 @@ from kbsync.versions.store import VersionStore
 __all__ = ["read_odometer"]
 
 
-def read_odometer(db: Reader, store: VersionStore, model: str) -> Odometer:
-    """From HEAD back, parent by parent, to the last rebase or the base."""
+def read_odometer(db: Reader, store: VersionStore, model: str, *, settings: str | None = None) -> Odometer:
+    """From HEAD back, parent by parent, to the last rebase or the base. `settings`: the digest with which rebases that
+    were rejected are remembered (None: `refused` is not asked for)."""
     rows = {row.number: row for row in db.versions(model)}
-    live = anchor = rows[db.head(model)]
-    since = 0
-    while anchor.kind not in ("base", "rebase") and anchor.parent is not None:
-        anchor, since = rows[anchor.parent], since + 1
-    return Odometer(anchor.number, since, _capacity(store, live), _capacity(store, anchor))
+    path = [rows[db.head(model)]]
+    while path[-1].kind not in ("base", "rebase") and (parent := path[-1].parent) is not None:
+        path.append(rows[parent])
+    rejected = db.rejected_rebases(model, settings) if settings is not None else ()
+    refused = next((since for since, row in enumerate(path) if row.number in rejected), None)
+    live, anchor = path[0], path[-1]
+    return Odometer(anchor.number, len(path) - 1, _capacity(store, live), _capacity(store, anchor), refused)
 
 
 def _capacity(store: VersionStore, row: VersionRow) -> Capacity | None:

@@ -199,7 +199,8 @@ def make_plan(
     Only relations in `wording` are touched. Withdrawn facts that the ledger keeps are desired. A held key stays at what
     its hold froze until a third object ends the hold; a protected subject stays as it is. `known` are the digests of
     requests that the base model answers by itself: relations with `skip_known` take no edit for them. A request that
-    would contradict another one with the same prompt, or that does not name its subject exactly once, is blocked.
+    would contradict another one with the same prompt, or that does not name its subject exactly once, is blocked. What
+    is to go and shares its column with a fact that stays (two subjects written alike) goes when that one does.
     """
     ours = {key: now for key, now in applied.items() if key.relation in wording}
     wants = {key: _want(fact, wording) for key, fact in desired.items() if key.relation in wording}
@@ -217,16 +218,21 @@ def make_plan(
             _aim(draft, key, want, now, known if _skips_known(key, wording) else ())
     others = [now.request for key, now in applied.items() if key not in ours]
     final = _reconciled(draft, ours, others)
+    kept = {
+        key for key, now in applied.items() if key not in ours or (key in final and final[key].request == now.request)
+    }
+    shared = {(applied[key].delta, applied[key].column) for key in kept}
+    gone = [key for key in sorted(ours.keys() - final.keys()) if (ours[key].delta, ours[key].column) not in shared]
     return Plan(
         model=model,
         head=head,
         edits=tuple(_edits(final, ours)),
-        retractions=tuple(Retraction(key, ours[key]) for key in sorted(ours.keys() - final.keys())),
+        retractions=tuple(Retraction(key, ours[key]) for key in gone),
         known=tuple(draft.known),
         held=tuple(draft.held),
         ended_holds=tuple(draft.ended),
         blocked=tuple(sorted(draft.blocked, key=lambda blocked: blocked.key)),
-        unchanged=sum(1 for key, now in ours.items() if key in final and final[key].request == now.request),
+        unchanged=len(kept & ours.keys()),
     )
 
 

@@ -23,7 +23,7 @@ from kbsync.config import Workspace
 from kbsync.edit import Edit
 from kbsync.editor.job import ControlFile
 from kbsync.errors import Cancelled, GateRejected, KbsyncError, UsageError
-from kbsync.facts import Applied, FactKey
+from kbsync.facts import Applied, EditRequest, FactKey
 from kbsync.line import Judge, Line
 from kbsync.plan import carried
 from kbsync.serving import Versions
@@ -54,8 +54,9 @@ def take_over(
     """A new version of the line `new`, another base, that holds the facts of the old line's HEAD, which stays.
 
     Facts of the relations `skipping` that the new base knows by itself take no edit. Holds go along, so that what was
-    rolled back stays so; but not those of facts that the old model did not take, which the new one may. Raises
-    UsageError where both are one model or HEAD holds nothing, GateRejected, and what editing raises.
+    rolled back stays so; but not those of facts that the old model did not take, which the new one may, nor those of
+    facts that the new one did not take before. Raises UsageError where both are one model, HEAD holds nothing, or the
+    new line has facts or undos of its own that would be lost; GateRejected; and what editing raises.
     """
     if new.model == old.model:
         raise UsageError(f"{old.model} is the model that kbsync.yaml names already", hint="kbsync rebase")
@@ -63,6 +64,11 @@ def take_over(
     with old.ledger.read() as db:
         edits = carried(live, db.facts())
         holds = [hold for hold in db.holds(old.model).values() if hold.reason != "probe"]
+        before, standing = db.applied(new.model, db.head(new.model)), db.holds(new.model)
+    copied = {hold.key for hold in holds}
+    _check_own(old, new, before.keys() - live.keys(), "that the live version lacks")
+    own = {key for key, hold in standing.items() if hold.reason != "probe"}
+    _check_own(old, new, (own & live.keys()) - copied, "rolled back or reverted")
     edit = Edit(
         "rebase",
         0,
@@ -71,16 +77,31 @@ def take_over(
         skip_known=[planned.request.digest for planned in edits if planned.request.key.relation in skipping],
         controls=controls,
         holds=holds,
+        releases=standing.keys() & live.keys(),
         reason=reason or f"rebase of {old.model} onto {new.model}",
     )
     done = make_as_run(new, edit, judge, trigger="rebase")
     return done | {"model": new.model, "from": old.model, "change": _change(new.workspace)}
 
 
+def _check_own(old: Line, new: Line, keys: Collection[FactKey], what: str) -> None:
+    """Raise UsageError where the line that is to take over another one's facts has some (`keys`) that it would lose."""
+    if not keys:
+        return
+    relation, subject = min(keys)
+    raise UsageError(
+        f"{new.model} has {len(keys)} facts {what}, such as {relation} of {subject}: taking over those of {old.model} "
+        "would undo that",
+        hint=f"go on with that line: `model: {new.workspace.settings.model}` in kbsync.yaml; or, there, first kbsync "
+        "rollback --to 0 and kbsync release --all",
+    )
+
+
 def _change(workspace: Workspace) -> str:
     """What a person has to write into kbsync.yaml to follow the new line."""
     settings = workspace.settings
-    return f"model: {settings.model}\npreset: {settings.preset}" if settings.preset else f"model: {settings.model}"
+    preset = f"preset: {settings.preset}" if settings.preset else "# and no preset: the model has its own"
+    return f"model: {settings.model}\n{preset}"
 
 
 def forecast(line: Line) -> dict[str, Any]:
@@ -92,15 +113,15 @@ def forecast(line: Line) -> dict[str, Any]:
     live, odometer = _live(line), line.odometer()
     with line.ledger.read() as db:
         head = db.head(line.model)
-        requests = {applied.request.digest for applied in live.values()}
-        measured = _measured(line)
-    missing = len(requests) - _cached(line, measured)
+        requests = {applied.request.digest: applied.request for applied in live.values()}
+    measured = _measured(line)
+    missing = _missing(line, list(requests.values()), measured)
     return {
         "model": line.model,
         "head": head,
         "facts": len(live),
-        "targets": max(0, missing),
-        "seconds": _seconds(measured, len(requests), max(0, missing)),
+        "targets": missing,
+        "seconds": _seconds(measured, len(requests), missing),
         "due": rebase_due(line.strategy, odometer, live=len(live)),
         "since": odometer.since,
         "anchor": odometer.anchor,
@@ -140,12 +161,20 @@ def _measured(line: Line) -> list[Manifest]:
     return [manifest for manifest in found if "seconds" in manifest.numerics]
 
 
-def _cached(line: Line, measured: Sequence[Manifest]) -> int:
-    """How many target vectors are there at most: none where the settings that they depend on have changed."""
-    if not measured or measured[0].settings.get("name") is None:
-        return 0
-    settings = line.preset.model_validate(measured[0].settings)
-    return len(list(line.workspace.targets.glob("*"))) if settings.target_digest == line.preset.target_digest else 0
+def _missing(line: Line, requests: Sequence[EditRequest], measured: Sequence[Manifest]) -> int:
+    """How many target vectors are not stored, by the names that they would have with the contexts of the last edit."""
+    from kbsync.editor.target_store import TargetStore
+
+    if not measured or "contexts" not in measured[0].numerics:
+        return len(requests)
+    store = TargetStore(
+        line.workspace.targets,
+        fingerprint=line.fingerprint,
+        dtype=f"torch.{measured[0].dtype}",
+        preset=line.preset,
+        contexts=measured[0].numerics["contexts"],
+    )
+    return sum(1 for request in requests if not store.path(request).exists())
 
 
 def _seconds(measured: Sequence[Manifest], facts: int, targets: int) -> float | None:

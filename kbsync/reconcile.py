@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from kbsync.child import run_edit
 from kbsync.config import Workspace
 from kbsync.edit import Edit, Outcome
 from kbsync.editor.job import ControlFile, EditResult
-from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
+from kbsync.errors import Cancelled, GateRejected, Held, Inseparable, KbsyncError, SourceError, UsageError
 from kbsync.facts import EditRequest, Snapshot
 from kbsync.gate import shortfalls, shortfalls_by_policy
 from kbsync.ledger import Ledger
+from kbsync.ledger.read_versions import REBASE
 from kbsync.ledger.reader import Reader
 from kbsync.ledger.writer import Writer
 from kbsync.line import Line
@@ -42,7 +43,6 @@ from kbsync.rebase import forecast_onto, take_over
 from kbsync.report import Report
 from kbsync.resolve import resolve
 from kbsync.versions.files import sweep_temporary
-from kbsync.versions.store import VersionStore, named
 
 __all__ = ["SCHEDULED", "Reconciler", "open_workspace"]
 
@@ -154,23 +154,6 @@ class Reconciler:
         relations = [policy.relations for policy in self.catalog.policies.values()]
         skipping = {name for wording in relations for name, words in wording.items() if words.skip_known}
         return take_over(self.line(), self.line(workspace), self.judge, self.controls(), skipping, reason)
-
-    def gc(self, older_than: timedelta, *, dry: bool = False) -> dict[str, Any]:
-        """Remove delta files and manifests that no version of any model names and nothing has touched for a while."""
-        with self.ledger.read() as db:
-            numbers = {model.id: {row.number for row in db.versions(model.id)} for model in db.models()}
-            live = set[str]()
-            for model, known in numbers.items():
-                for number in known:
-                    live |= named(db.active(model, number))
-        found: set[Path] = set()
-        for model, known in numbers.items():
-            found.update(VersionStore(self.workspace.data, model).orphans(live, known, older_than=older_than))
-        size = sum(path.stat().st_size for path in found)
-        if not dry:
-            for path in found:
-                path.unlink(missing_ok=True)
-        return {"files": sorted(str(path) for path in found), "bytes": size}
 
     def _each(self, names: Collection[str], act: Callable[[Policy, Line], Report]) -> list[Report]:
         policies = [self.catalog.policy(name) for name in sorted(names or self.catalog.policies)]
@@ -351,16 +334,23 @@ class Reconciler:
 
     def _next_version(self, policy: Policy, line: Line, plan: Plan, report: Report) -> Outcome:
         """As a rebase with the whole plan in it, where one is due, else of at most `batch.max_facts` facts on the live
-        version. In mode auto a rebase that is rejected holds nothing up: the next version tries it again."""
+        version; as a rebase after all where a fact cannot leave that version otherwise. In mode auto a rebase that is
+        rejected holds nothing up: it is tried again `rebase_every` versions later, or with other settings."""
         report.rebase = line.rebase_due(plan.leaving)
         if report.rebase is not None:
             outcome = self._edit(policy, line, plan, report)
             if not outcome.rejected or line.strategy.mode != "auto" or line.stored_whole(plan.leaving):
                 return self._accepted(policy, line, plan, outcome, report)
+            self._note_rejected(line, REBASE, plan.head, outcome, report)
             report.notes.append(f"a rebase ({report.rebase}) was rejected: {'; '.join(outcome.rejected)}")
             report.rebase = None
         batch = plan.take(policy.batch.max_facts)
-        return self._accepted(policy, line, batch, self._edit(policy, line, batch, report), report)
+        try:
+            outcome = self._edit(policy, line, batch, report)
+        except Inseparable as error:
+            report.rebase, batch = error.message, plan
+            outcome = self._edit(policy, line, plan, report)
+        return self._accepted(policy, line, batch, outcome, report)
 
     def _edit(self, policy: Policy, line: Line, batch: Plan, report: Report) -> Outcome:
         with self.ledger.read() as db:
@@ -393,23 +383,17 @@ class Reconciler:
     def _accepted(self, policy: Policy, line: Line, batch: Plan, outcome: Outcome, report: Report) -> Outcome:
         """The outcome, unless the gate rejected it: then that is noted and GateRejected raised."""
         if outcome.rejected:
-            self._note_rejected(line, batch, outcome, report)
+            self._note_rejected(line, batch.digest, batch.head, outcome, report)
             raise GateRejected(
                 f"policy {policy.policy}: the gate rejected the version: {'; '.join(outcome.rejected)}",
                 hint=f"kbsync runs --json shows the probe report of run {report.run_id}",
             )
         return outcome
 
-    def _note_rejected(self, line: Line, batch: Plan, outcome: Outcome, report: Report) -> None:
+    def _note_rejected(self, line: Line, digest: str, head: int, outcome: Outcome, report: Report) -> None:
+        reason = "; ".join(outcome.rejected)
         with self.ledger.write() as db:
-            db.note_rejected(
-                line.model,
-                batch.digest,
-                line.settings_digest,
-                batch.head,
-                run_id=report.run_id,
-                reason="; ".join(outcome.rejected),
-            )
+            db.note_rejected(line.model, digest, line.settings_digest, head, run_id=report.run_id, reason=reason)
             for hold in outcome.held:
                 db.hold(line.model, hold, run_id=report.run_id)
             db.note_probe(line.model, None, dict(outcome.result.probe), run_id=report.run_id)

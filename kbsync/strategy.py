@@ -69,6 +69,8 @@ class Odometer:
     since: int = 0
     now: Capacity | None = None
     then: Capacity | None = None
+    refused: int | None = None
+    """Versions since a rebase with these very settings was rejected; None: none was, on the way from the anchor."""
 
 
 def over(strategy: Strategy, capacity: Capacity | None) -> dict[str, str]:
@@ -85,12 +87,16 @@ def over(strategy: Strategy, capacity: Capacity | None) -> dict[str, str]:
     return found
 
 
-def rebase_due(strategy: Strategy, odometer: Odometer, *, live: int, whole: bool = False) -> str | None:
+def rebase_due(
+    strategy: Strategy, odometer: Odometer, *, live: int, whole: bool = False, grown: bool = False
+) -> str | None:
     """Why the next version is to be a rebase; None: it is incremental.
 
     `live`: facts that the weights hold; without any, the two are the same. `whole`: a fact is to leave a delta that is
-    stored whole, which only a rebase can do, whatever the mode. A limit that the last rebase had reached itself does
-    not ask for another one: it would reach it again.
+    stored whole, which only a rebase can do, whatever the mode. `grown`: a fact is to leave weights whose λ grew with
+    their facts, so that its share is known roughly only. A limit that the last rebase had reached itself does not ask
+    for another one: it would reach it again. Nor is one that was rejected tried again before `rebase_every` more
+    versions.
     """
     if not live:
         return None
@@ -98,6 +104,10 @@ def rebase_due(strategy: Strategy, odometer: Odometer, *, live: int, whole: bool
         return "a fact is to leave a delta that is stored whole"
     if strategy.mode != "auto":
         return "strategy.mode is rebase" if strategy.mode == "rebase" else None
+    if odometer.refused is not None and odometer.refused < strategy.rebase_every:
+        return None
+    if grown:
+        return "a fact is to leave weights whose λ has grown with their facts"
     if odometer.since >= strategy.rebase_every:
         return f"{odometer.since} versions since version {odometer.anchor}, rebase_every is {strategy.rebase_every}"
     reached_anyway = over(strategy, odometer.then)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kbsync.edit import Edit
-from kbsync.errors import UsageError
+from kbsync.errors import Inseparable, UsageError
 from kbsync.facts import Applied, Fact, FactKey, Hold, HoldReason
 from kbsync.line import Line
 from kbsync.plan import carried
@@ -183,14 +183,18 @@ def _revert(
     }
     if dry:
         return plan
+    edit = Edit("revert", 0, keep, holds=holds, releases=releases, reason=reason)
+    try:
+        if because is None:
+            return plan | make_as_run(line, edit, None, trigger="revert")
+    except Inseparable as error:
+        plan["rebase"] = because = error.message
     restored = carried({key: applied for key, applied in keep.items() if key not in staying}, desired)
-    edit = Edit(
-        "revert" if because is None else "rebase",
-        0,
-        keep if because is None else staying,
-        edits=() if because is None else [replace(planned, kind="changed", replaces=None) for planned in restored],
-        holds=holds,
-        releases=releases,
-        reason=reason if because is None else f"{reason}, a rebase: {because}",
+    edit = replace(
+        edit,
+        kind="rebase",
+        keep=staying,
+        edits=[replace(planned, kind="changed", replaces=None) for planned in restored],
+        reason=f"{reason}, a rebase: {because}",
     )
     return plan | make_as_run(line, edit, None, trigger="revert")

@@ -224,6 +224,10 @@ def test_the_table_shows_metrics_relations_and_protocol(folder: Path, capsys: py
     [
         (("--edit",), "--edit needs records"),
         (("--preset", "x.yaml"), "--preset goes with --model"),
+        (("--set", "clamp=1"), "--method and --set are for --edit"),
+        (("--method", "rome"), "--method and --set are for --edit"),
+        (("--version", "0", "--model", "x"), "--version goes neither with --model nor with --edit"),
+        (("--version", "live", "--edit", "--dataset", "csv:x.csv"), "--version goes neither with --model nor"),
         (("--version", "99"), "there is no version 99"),
         (("--dataset", "mend:x.json"), "data set 'mend:x.json' is not known"),
         (("--dataset", "zsre:x.json", "--references", "y.json"), "reference texts go with CounterFact alone"),

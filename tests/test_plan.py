@@ -127,6 +127,20 @@ def test_what_is_not_desired_is_retracted() -> None:
     assert plan_of({}, applied).retractions == (Retraction(ANN, applied[ANN]),)
 
 
+def test_what_shares_its_column_with_a_fact_that_stays_is_retracted_with_it() -> None:
+    """Two subjects written alike: as long as one of them stays, so does what the weights hold."""
+    one, other = fact("Ann", "Rome"), replace(fact("Ann", "Rome"), subject=Entity("s:other", "Ann"))
+    applied = in_weights(one)
+    applied[other.key] = replace(applied[ANN], request=render(other, POLICY.relations["place"]))
+    assert plan_of(state(one), applied).empty
+    assert [gone.key for gone in plan_of({}, applied).retractions] == [ANN, other.key]
+    moved = plan_of(state(fact("Ann", "Oslo")), applied)
+    assert ([edit.request.key for edit in moved.edits], [gone.key for gone in moved.retractions]) == (
+        [ANN],
+        [other.key],
+    )
+
+
 def test_relations_of_other_policies_are_left_alone() -> None:
     """Neither retracted nor added."""
     stranger = replace(fact("Ann", "Rome"), relation="mayor")

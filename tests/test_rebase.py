@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import kbsync
 from kbsync.config import Workspace
 from kbsync.editor import worker
 from kbsync.editor.answers import answers, log_probabilities
-from kbsync.editor.job import EditJob, EditResult
+from kbsync.editor.job import EditJob, EditResult, FailedFact
 from kbsync.editor.memit import insert
 from kbsync.editor.target_store import TargetStore
 from kbsync.editor.targets import Target
-from kbsync.errors import GateRejected, UsageError
+from kbsync.errors import GateRejected, Inseparable, UsageError
 from kbsync.facts import Applied, EditRequest, FactKey, Hold
 from kbsync.ledger import Ledger
 from kbsync.ledger.records import VersionRow
@@ -33,6 +34,7 @@ STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris", "Sirius": "Rom
 CHANGED = STARS | {"Vega": "Rome", "Altair": "Paris"}
 LAYER = "model.layers.2.mlp.down_proj"
 VEGA = FactKey("constellation", "stars:vega")
+TOO_ALIKE = "a fact's key is too much like the others'"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -240,6 +242,68 @@ def test_a_rejected_rebase_holds_up_no_edit_in_mode_auto(made: TestWorkspace, mo
             assert "was rejected" in report.notes[0]
 
 
+def test_a_rejected_rebase_is_tried_again_after_as_many_versions_or_with_other_settings(made: TestWorkspace) -> None:
+    made.strategy(rebase_every=2, min_retention="90%")
+    tried: list[int] = []
+    spoil = _Spoiled(6)
+
+    def watch(job: EditJob, **kwargs: Any) -> EditResult:
+        tried.append(len(job.settled))
+        return spoil(job, **kwargs)
+
+    def versions(answers: list[str]) -> list[bool]:
+        """Which of the versions that these changes of a star make were tried as a rebase."""
+        found = []
+        for answer in answers:
+            tried.clear()
+            made.feed(CHANGED | {"Vega": answer})
+            assert reconciler.sync()[0].status == "done"
+            found.append(any(tried))
+        return found
+
+    with made.open() as reconciler:
+        reconciler.run_edit = watch
+        assert versions(["Lyra", "home", "star", "Orion"]) == [True, False, True, False]
+    made.strategy(rebase_every=2, min_retention="91%")
+    with made.open() as reconciler:
+        reconciler.run_edit = watch
+        assert versions(["Lyra", "home"]) == [True, False]
+
+
+@pytest.mark.parametrize("mode", ["auto", "incremental"])
+def test_a_fact_that_cannot_leave_alone_leaves_by_a_rebase(
+    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    def alike(*_args: Any) -> Any:
+        raise Inseparable("layer: " + TOO_ALIKE)
+
+    monkeypatch.setattr(worker, "hold", alike)
+    made.strategy(mode=mode)
+    made.feed(CHANGED | {"Vega": "Lyra"})
+    with made.open() as reconciler:
+        [report] = reconciler.sync()
+        assert (report.status, report.versions, report.rebase) == ("done", [3], "layer: " + TOO_ALIKE)
+        assert (row(reconciler).kind, holds(reconciler)) == ("rebase", CHANGED | {"Vega": "Lyra"})
+        done = revert_fact(reconciler.line(), VEGA)
+        assert (done["rebase"], row(reconciler).kind) == ("layer: " + TOO_ALIKE, "rebase")
+
+
+def test_a_fact_leaves_weights_whose_lambda_has_grown_by_a_rebase(
+    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbsync.editor.preset.GROWTH_FACTS", 5)
+    preset = made.root / "preset.yaml"
+    preset.write_text(preset.read_text() + "covariance_growth: 0.2\n")
+    with made.open() as reconciler:
+        made.feed(CHANGED | {"Rigel": "French"})
+        assert reconciler.sync()[0].rebase is None
+        made.feed(CHANGED | {"Rigel": "home"})
+        report = reconciler.sync()[0]
+        assert report.rebase is not None
+        assert "has grown" in report.rebase
+        assert row(reconciler).kind == "rebase"
+
+
 def test_an_edit_that_fails_in_a_rebase_is_held_and_the_fact_it_was_to_replace_goes_back_in(
     made: TestWorkspace,
 ) -> None:
@@ -256,6 +320,54 @@ def test_an_edit_that_fails_in_a_rebase_is_held_and_the_fact_it_was_to_replace_g
         assert reconciler.sync()[0].counts["edits"] == 0
 
 
+def test_what_a_failed_edit_was_to_replace_stays_out_where_the_live_version_does_not_answer_it(
+    made: TestWorkspace,
+) -> None:
+    made.strategy(mode="rebase")
+    made.feed(CHANGED | {"Vega": "another answer of many tokens"})
+    with made.open() as reconciler:
+        _unlearn(reconciler, VEGA)
+        [report] = reconciler.sync()
+        assert (report.status, report.counts["failed"]) == ("done", 1)
+        assert "Vega" not in holds(reconciler)
+        assert held(reconciler)[VEGA].frozen is None
+
+
+def test_what_a_failed_edit_was_to_replace_counts_as_lost_where_it_has_no_target_vector(
+    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = TargetStore.get
+
+    def nowhere(store: TargetStore, request: EditRequest) -> Target | None:
+        if request.subject == "Vega":
+            return Target(torch.full((32,), torch.nan), float("nan"), 3, False, True)
+        return get(store, request)
+
+    monkeypatch.setattr(TargetStore, "get", nowhere)
+    made.strategy(mode="rebase", min_retention="100%")
+    made.feed(CHANGED | {"Vega": "home"})
+    with made.open() as reconciler:
+        [report] = reconciler.sync()
+        assert (report.status, row(reconciler).number) == ("rejected", 2)
+        assert "1 of 6 live facts are no longer answered" in report.problems[0].message
+
+
+def test_what_a_failed_edit_was_to_replace_gives_way_to_another_subject_of_that_name(made: TestWorkspace) -> None:
+    made.strategy(mode="rebase")
+    with made.open() as reconciler:
+        made.feed(
+            {star: answer for star, answer in CHANGED.items() if star not in ("Vega", "Deneb")}
+            | {"Rigel": "a long answer of many tokens", "Vega": "Lyra"},
+            {"Rigel": "vega", "Vega": "deneb"},
+        )
+        [report] = reconciler.sync()
+        assert (report.status, report.counts["failed"]) == ("done", 1)
+        assert holds(reconciler)["Vega"] == "Lyra"
+        assert held(reconciler)[VEGA].frozen is None
+        assert reconciler.sync()[0].counts["edits"] == 0
+    assert problems(made) == []
+
+
 def test_a_live_fact_that_neither_version_answers_is_taken_out_and_held_with_the_evidence(
     made: TestWorkspace,
 ) -> None:
@@ -266,10 +378,29 @@ def test_a_live_fact_that_neither_version_answers_is_taken_out_and_held_with_the
         assert "Vega" not in holds(reconciler)
         [hold] = held(reconciler).values()
         assert (hold.key, hold.frozen, hold.reason) == (VEGA, None, "probe")
+        again = reconciler.sync()[0]
+        assert (again.counts["edits"], again.counts["held"], again.versions) == (0, 1, [])
+        made.feed(CHANGED | {"Vega": "Lyra"})
+        assert reconciler.sync()[0].versions == [4]  # the source says a third object, which ends the hold
+        assert holds(reconciler)["Vega"] == "Lyra"
+
+
+def test_what_a_person_rolled_back_does_not_come_in_because_the_fact_in_its_place_fails_in_a_rebase(
+    made: TestWorkspace,
+) -> None:
+    with made.open() as reconciler:
+        rollback(reconciler.line(), 1)
+        before = held(reconciler)[VEGA]
+        _unlearn(reconciler, VEGA)
+        do(reconciler)
+        after = held(reconciler)[VEGA]
+        assert (after.frozen, after.held_out, after.reason) == (None, before.held_out, "rollback")
+        assert reconciler.sync()[0].counts["edits"] == 0
+        assert "Vega" not in holds(reconciler)
 
 
 def _unlearn(reconciler: Reconciler, key: FactKey) -> None:
-    """Let the ledger say of a live column that it is for another object than the weights were taught."""
+    """Let the ledger say of a live column that it is for another text than the weights were taught."""
     from sqlalchemy import update
 
     from kbsync.ledger import schema
@@ -279,7 +410,7 @@ def _unlearn(reconciler: Reconciler, key: FactKey) -> None:
         applied: Applied = db.applied(model, db.head(model))[key]
         table = schema.delta_fact
         statement = update(table).where(table.c.delta == applied.delta, table.c.subject_id == key.subject)
-        db._connection.execute(statement.values(target="a long answer of many tokens", object_id="stars:other"))
+        db._connection.execute(statement.values(target="a long answer of many tokens"))
 
 
 def test_another_base_takes_over_the_live_facts_and_the_old_line_stays(made: TestWorkspace) -> None:
@@ -306,6 +437,79 @@ def test_another_base_takes_over_the_live_facts_and_the_old_line_stays(made: Tes
     assert problems(made) == []
 
 
+def test_a_base_that_holds_facts_or_undos_of_its_own_takes_over_nothing(made: TestWorkspace) -> None:
+    save(tiny_llama(seed=1), made.root / "newer")
+    config = made.root / "kbsync.yaml"
+    old = config.read_text()
+    with made.open() as reconciler:
+        reconciler.take_over("newer", "preset.yaml")
+    config.write_text(old.replace("model: model", "model: newer"))
+    with made.open() as reconciler:
+        revert_fact(reconciler.line(), VEGA)
+    config.write_text(old)
+    with made.open() as reconciler, pytest.raises(UsageError, match="has 1 facts rolled back or reverted, such as"):
+        reconciler.take_over("newer", "preset.yaml")
+    config.write_text(old.replace("model: model", "model: newer"))
+    made.feed(CHANGED | {"Rigel": "French"})
+    with made.open() as reconciler:
+        release(reconciler.line(), everything=True)
+        reconciler.sync()
+        assert holds(reconciler)["Rigel"] == "French"
+    config.write_text(old)
+    with made.open() as reconciler, pytest.raises(UsageError, match="has 1 facts that the live version lacks"):
+        reconciler.take_over("newer", "preset.yaml")
+
+
+def test_a_base_that_takes_over_once_more_forgets_what_it_did_not_take_before(
+    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tiny_llama(seed=1), made.root / "newer")
+    failing = worker._Editor.failing
+    with made.open() as reconciler:
+        monkeypatch.setattr(worker._Editor, "failing", _refusing("Vega"))
+        assert [fact["evidence"] for fact in reconciler.take_over("newer", "preset.yaml")["failed"]] == ["refused"]
+        newer = reconciler.ledger
+        with newer.read() as db:
+            [model] = [model.id for model in db.models() if model.name == "newer"]
+            assert list(db.holds(model)) == [VEGA]
+        monkeypatch.setattr(worker._Editor, "failing", failing)
+        reconciler.take_over("newer", "preset.yaml")
+        with newer.read() as db:
+            assert db.applied(model, db.head(model))[VEGA].request.target == "Rome"
+            assert VEGA not in db.holds(model)
+
+
+def _refusing(subject: str) -> Any:
+    """In the place of the worker's own question which facts failed: only this subject's."""
+
+    def failing(_editor: Any, attempt: Any) -> list[FailedFact]:
+        refused = [request for request in attempt.requests if request.subject == subject]
+        return [FailedFact(digest=request.digest, evidence="refused") for request in refused]
+
+    return failing
+
+
+def test_facts_that_another_base_knows_by_itself_take_no_edit_there(made: TestWorkspace) -> None:
+    save(tiny_llama(seed=1), made.root / "newer")
+    policy = made.root / "policies" / "sky.yaml"
+    policy.write_text(policy.read_text().replace('["The home of {subject}"]', "[]"))
+    with made.open() as reconciler:
+        shutil.copytree(made.root, made.root.parent / "asked", dirs_exist_ok=True)
+        config = made.root.parent / "asked" / "kbsync.yaml"
+        config.write_text(config.read_text().replace("model: model", "model: newer"))
+        star, answer = _known_to_the_base(TestWorkspace(config.parent))
+        made.feed(CHANGED | {star: answer}, {star: "known"})
+        reconciler.sync()
+    policy.write_text(policy.read_text().replace("retract: keep", "skip_known: true"))
+    with made.open() as reconciler:
+        done = reconciler.take_over("newer", "preset.yaml")
+        with reconciler.ledger.read() as db:
+            held_by = db.applied(done["model"], 1)
+        assert star in holds(reconciler)
+        assert FactKey("constellation", "stars:known") not in held_by
+        assert done["facts"] + len(done["failed"]) == 6
+
+
 def test_a_base_that_takes_too_few_of_the_facts_is_rejected(made: TestWorkspace) -> None:
     save(tiny_llama(seed=1), made.root / "newer")
     made.strategy(min_retention="90%")
@@ -323,9 +527,14 @@ def test_a_forecast_counts_facts_and_target_vectors_and_says_what_would_trigger(
         found = forecast(reconciler.line())
         assert (found["head"], found["facts"], found["targets"], found["since"], found["due"]) == (2, 6, 0, 2, None)
         assert found["seconds"] > 0
+        (made.root / "data" / "targets" / ("0" * 64 + ".safetensors")).write_bytes(b"of another fact")
+        made.feed(CHANGED | {"Rigel": "French"})
+        reconciler.sync()
+        next((made.root / "data" / "targets").glob("[1-9]*")).unlink()
+        assert forecast(reconciler.line())["targets"] == 1
         preset = made.root / "preset.yaml"
         preset.write_text(preset.read_text().replace("clamp: 6.0", "clamp: 5.0"))
-        assert forecast(reconciler.line())["targets"] == 6
+        assert forecast(reconciler.line())["targets"] == 7
 
 
 def test_each_version_measures_how_much_of_the_model_its_edits_are(made: TestWorkspace) -> None:
@@ -438,6 +647,24 @@ def test_what_the_base_knows_takes_no_edit_is_asked_of_every_version_and_edited_
             assert (len(db.forgotten(model, 1)), len(db.forgotten(model, 2))) == (1, 0)
             assert (len(db.known_to(model, 1)), len(db.known_to(model, 2))) == (0, 1)
         assert reconciler.sync()[0].counts["edits"] == 0
+
+
+def test_what_the_base_knows_and_the_live_version_has_forgotten_is_edited(tmp_path: Path) -> None:
+    found = workspace(tmp_path, STARS)
+    found.policy("    skip_known: true")
+    policy = found.root / "policies" / "sky.yaml"
+    policy.write_text(policy.read_text().replace('["The home of {subject}"]', "[]"))
+    star, answer = _known_to_the_base(found)
+    with found.open() as reconciler:
+        assert reconciler.sync()[0].versions == [1]
+        found.feed({star: answer} | STARS)
+        model = reconciler.line().model
+        assert reconciler.sync()[0].versions == []  # known to the base, and not answered by version 1
+        with reconciler.ledger.read() as db:
+            assert (len(db.forgotten(model, 1)), db.known_to(model, 1)) == (1, set())
+            assert db.version(model, 1).probe["efficacy"] == 1.0  # type: ignore[index]
+        assert reconciler.sync()[0].versions == [2]
+        assert holds(reconciler) == STARS | {star: answer}
 
 
 def _known_to_the_base(made: TestWorkspace) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from kbsync.config import Workspace
 from kbsync.editor.answers import log_probabilities
 from kbsync.errors import BaseMismatch, Cancelled, GateRejected, Held, UsageError
 from kbsync.facts import FactKey
+from kbsync.garbage import collect
 from kbsync.ledger import Ledger
 from kbsync.reconcile import Reconciler
 from kbsync.report import Report
@@ -78,6 +79,12 @@ def hash_of(made: TestWorkspace, version: int) -> str:
     """The hash of the edited matrices of a version as it is loaded, computed from the loaded model itself."""
     base = kbsync.load_model(made.root, version)
     return weights_sha256({name: base.weight(name) for name in [base.spec.down_name(layer) for layer in (1, 2, 3)]})
+
+
+def garbage(reconciler: Reconciler, *, hours: float) -> list[str]:
+    """Names of the files that `gc` removes."""
+    done = collect(reconciler.workspace, reconciler.ledger, timedelta(hours=hours))
+    return [Path(name).name for name in done["files"]]
 
 
 def held_keys(reconciler: Reconciler) -> set[FactKey]:
@@ -374,9 +381,53 @@ def test_garbage_collection_removes_only_what_no_version_names(made: TestWorkspa
     orphan = opened.deltas / ("0" * 64 + ".safetensors")
     orphan.write_bytes(b"left by a crash")
     with made.open() as reconciler:
-        assert reconciler.gc(timedelta(hours=1))["files"] == []
-        assert reconciler.gc(timedelta(0))["files"] == [str(orphan)]
+        assert garbage(reconciler, hours=1) == []
+        assert garbage(reconciler, hours=0) == [orphan.name]
     assert problems(made) == []
+
+
+def test_garbage_collection_removes_target_vectors_of_requests_that_no_version_holds(made: TestWorkspace) -> None:
+    sync(made)
+    made.feed(STARS | {"Vega": "a long answer of many tokens"})
+    assert sync(made).counts["failed"] == 1
+    targets = Workspace.load(made.root).targets
+    before = {path.name for path in targets.iterdir()}
+    assert len(before) == 6
+    with made.open() as reconciler:
+        assert garbage(reconciler, hours=1) == []
+        gone = before & set(garbage(reconciler, hours=0))
+    assert len(gone) == 1
+    assert {path.name for path in targets.iterdir()} == before - gone
+    assert problems(made) == []
+
+
+def test_two_subjects_that_change_to_one_request_both_lose_their_old_columns(made: TestWorkspace) -> None:
+    made.feed(STARS, {"Vega": "a", "Deneb": "b"})
+    sync(made)
+    feed = made.root / "sources" / "stars.csv"
+    feed.write_text(feed.read_text().replace("a,Vega,Orion", "a,Altair,home").replace("b,Deneb,Paris", "b,Altair,home"))
+    assert sync(made).versions == [2]
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        first, second = db.active(reconciler.line().model, 2)
+        assert (len(first.excluded), second.excluded) == (2, ())
+    assert problems(made) == []
+
+
+def test_a_withdrawn_subject_that_shares_a_column_leaves_with_the_last_that_has_it(made: TestWorkspace) -> None:
+    made.policy("    retract: revert")
+    feed = made.root / "sources" / "stars.csv"
+    text = feed.read_text()
+    feed.write_text(text + "other,Vega,Orion\n")
+    sync(made)
+    feed.write_text(text)
+    for _ in range(2):
+        again = sync(made)
+        assert (again.versions, again.counts["retractions"], again.status) == ([], 0, "done")
+    assert knows(made, "Vega", "Orion")
+    made.feed({star: answer for star, answer in STARS.items() if star != "Vega"})
+    last = sync(made)
+    assert (last.versions, last.counts["retractions"]) == ([2], 2)
+    assert not knows(made, "Vega", "Orion")
 
 
 def test_a_flipped_byte_in_a_delta_is_named_refused_and_an_earlier_version_is_offered(made: TestWorkspace) -> None:

@@ -30,6 +30,7 @@ odometers = st.builds(
     since=st.integers(0, 9),
     now=st.none() | capacities,
     then=st.none() | capacities,
+    refused=st.none() | st.integers(0, 9),
 )
 
 
@@ -51,7 +52,8 @@ def test_a_delta_stored_whole_asks_for_a_rebase_in_every_mode(strategy: Strategy
 @given(strategies, odometers)
 def test_the_two_fixed_modes_look_at_nothing_else(strategy: Strategy, odometer: Odometer) -> None:
     if strategy.mode != "auto":
-        assert (rebase_due(strategy, odometer, live=1) is not None) == (strategy.mode == "rebase")
+        due = rebase_due(strategy, odometer, live=1, grown=True)
+        assert (due is not None) == (strategy.mode == "rebase")
 
 
 @given(strategies, odometers)
@@ -61,7 +63,9 @@ def test_auto_is_due_by_count_or_by_a_limit_that_the_last_rebase_had_not_reached
     strategy = strategy.model_copy(update={"mode": "auto"})
     by_count = odometer.since >= strategy.rebase_every
     by_limit = odometer.since > 0 and bool(over(strategy, odometer.now).keys() - over(strategy, odometer.then).keys())
-    assert (rebase_due(strategy, odometer, live=1) is not None) == (by_count or by_limit)
+    waits = odometer.refused is not None and odometer.refused < strategy.rebase_every
+    assert (rebase_due(strategy, odometer, live=1) is not None) == ((by_count or by_limit) and not waits)
+    assert (rebase_due(strategy, odometer, live=1, grown=True) is not None) == (not waits)
 
 
 @given(strategies, capacities)

@@ -42,14 +42,18 @@ MOST_RELATIONS = 30
 
 @app.command()
 def evaluate(
-    of: Annotated[str, typer.Option("--version", help="The version to measure; live or a number.")] = "live",
+    of: Annotated[
+        str | None, typer.Option("--version", help="The version to measure; live (the default) or a number.")
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="Records instead of the version's facts.", metavar="counterfact:FILE|zsre:FILE|csv:FILE"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first records of the data set.")] = None,
     edit: Annotated[bool, typer.Option("--edit", help="Edit the records first, in memory, on the base.")] = False,
-    method: Annotated[str, typer.Option(help="With --edit: memit, or a baseline: ft-w, rome.")] = "memit",
+    method: Annotated[
+        str | None, typer.Option(help="With --edit: memit (the default), or a baseline: ft-w, rome.")
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", help="With --edit: another value for a setting; repeatable.", metavar="KEY=V"),
@@ -73,14 +77,18 @@ def evaluate(
 
     if edit and not dataset:
         raise UsageError("--edit needs records to edit", hint="--dataset counterfact:FILE, zsre:FILE or csv:FILE")
+    if not edit and (method is not None or changes):
+        raise UsageError("--method and --set are for --edit", hint="a version is measured as it is")
+    if of is not None and (model or edit):
+        raise UsageError("--version goes neither with --model nor with --edit", hint="an edit is made on the base")
     records = read_dataset(dataset, limit=limit, references=references) if dataset else None
     with bars() as progress:
-        subject = _subject(root, "0" if edit else of, model, preset, progress)
+        subject = _subject(root, "0" if edit else of or "live", model, preset, progress)
         chosen = records or Dataset("facts", subject.facts[:limit], len(subject.facts))
         if not chosen.records:
             raise UsageError("there are no facts to measure", hint="kbsync sync, or --dataset kind:FILE")
         if edit:
-            insert(subject, chosen.requests, method=method, changes=typed(changes or ()), progress=progress)
+            insert(subject, chosen.requests, method=method or "memit", changes=typed(changes or ()), progress=progress)
         if text is not None:
             watch(subject, text)
         options = Options(write=generate or references is not None, seed=seed)

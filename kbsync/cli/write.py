@@ -185,7 +185,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove files that no version refers to."""
+    """Remove files that no version needs: deltas, manifests, target vectors."""
     done = _perform("gc", {"older_than": hours * 3600, "dry": dry_run}, root)
     if as_json:
         return emit(done)

@@ -81,16 +81,17 @@ class EditJob(ModelJob):
     """The columns to keep, delta by delta in the order in which they are added up; all others are left out."""
     same: tuple[ActiveDelta, ...] | None = None
     """Active deltas known to hold just the `live` columns: taken as they are. Of a rebase: none."""
-    supersedes: dict[str, tuple[str, int]] = {}
-    """Digest of a request -> the live (delta, column) that it replaces: left out if, and only if, the request stays."""
+    supersedes: dict[str, tuple[tuple[str, int], ...]] = {}
+    """Digest of a request -> each live (delta, column) that it replaces: left out if, and only if, the request stays or
+    the base answers it."""
     requests: tuple[dict[str, Any], ...]
     """Edit requests as JSON (`EditRequest.to_json`), one column each in this order."""
     skip_known: tuple[str, ...] = ()
     """Digests of requests that are left out where the base already answers them."""
     settled: tuple[str, ...] = ()
     """Digests of requests that the version left behind holds already: a rebase must not lose what it answers."""
-    instead: dict[str, dict[str, Any]] = {}
-    """Digest of a request -> the request that a rebase inserts in its place should it fail: what it was to replace."""
+    instead: dict[str, tuple[dict[str, Any], ...]] = {}
+    """Digest of a request -> the requests that a rebase inserts in its place should it fail: what it was to replace."""
     retained: tuple[dict[str, Any], ...] = ()
     """Live facts of earlier versions to probe again."""
     watched: tuple[dict[str, Any], ...] = ()
@@ -102,6 +103,10 @@ class EditJob(ModelJob):
     def edit_requests(self) -> list[EditRequest]:
         """The requests as values."""
         return [EditRequest.from_json(value) for value in self.requests]
+
+    def replaced_requests(self) -> dict[str, list[EditRequest]]:
+        """`instead` as values."""
+        return {digest: [EditRequest.from_json(value) for value in olds] for digest, olds in self.instead.items()}
 
     def retained_requests(self) -> list[EditRequest]:
         """The retained facts as values."""
@@ -134,12 +139,14 @@ class EditResult(_Value):
     failed: tuple[FailedFact, ...]
     """Left out of the weights."""
     answered: int = 0
-    """How many of the settled requests the version left behind answers."""
+    """How many of the live facts that are to stay, or had to, the version left behind answers."""
     lost: tuple[FailedFact, ...] = ()
     """Those of them that the outcome does not answer."""
     known: dict[str, bool]
+    remembered: tuple[str, ...] = ()
+    """Digests of requests that the base answers without an edit, and the outcome does, too."""
     forgotten: tuple[str, ...] = ()
-    """Digests of requests that the base answers without an edit, and the outcome does not."""
+    """Those that the base answers, and the outcome does not."""
     probe: dict[str, Any]
     numerics: dict[str, Any]
     seconds: dict[str, float]

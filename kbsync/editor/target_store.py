@@ -1,7 +1,8 @@
 """The cache of target vectors: z of a fact is computed once per base model and settings, and kept.
 
-One safetensors file per fact, named by what z depends on: base weights, request, settings, contexts. A crash or a kill
-in the middle of an edit keeps every z that was finished.
+One safetensors file per fact, named by what z depends on: base weights, request, settings, contexts. The digest of the
+request stands in its header, too, so that `gc` can tell whether any version holds it. A crash or a kill in the middle
+of an edit keeps every z that was finished.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class TargetStore:
     def put(self, request: EditRequest, target: Target) -> None:
         """Store a finished target. Raises StoreError where the disk refuses."""
         meta = {
+            "request": request.digest,
             "sha256": _sha256(target.z),
             "loss": repr(target.loss),
             "steps": str(target.steps),

@@ -17,7 +17,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,10 +30,11 @@ from torch import Tensor
 
 from kbsync.editor.answers import log_probabilities
 from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
+from kbsync.editor.evidence import no_target, no_way_back, unanswered
 from kbsync.editor.job import EditJob, EditResult, FailedFact, ModelJob, ReplicaJob
 from kbsync.editor.memit import Insertion, insert
 from kbsync.editor.model import Base
-from kbsync.editor.probe import FactProbe, ProbeReport, probe, weights_in
+from kbsync.editor.probe import ProbeReport, probe, weights_in
 from kbsync.editor.replica import libraries, open_base
 from kbsync.editor.statistics import Statistics, statistics_for
 from kbsync.editor.target_store import TargetStore
@@ -76,6 +77,8 @@ class _Editor:
     base: Base
     statistics: Statistics
     seconds: dict[str, float] = field(default_factory=dict)
+    skipped: frozenset[str] = frozenset()
+    """Digests of requests that the base answers: they get no column, and what they supersede leaves all the same."""
     deltas: dict[str, Delta] = field(default_factory=dict)
 
     @contextmanager
@@ -175,24 +178,49 @@ class _Editor:
         return found
 
     def without(
-        self, out: Sequence[FailedFact], requests: Sequence[EditRequest], targets: Mapping[str, Target]
-    ) -> tuple[list[EditRequest], dict[str, Target]]:
-        """The requests without those that failed, and the targets of what is left. What a rebase has in the place of
-        one that failed goes in instead, unless it cannot be placed or has no target itself."""
-        failed = {fact.digest for fact in out}
-        kept = [request for request in requests if request.digest not in failed]
-        back = [EditRequest.from_json(self.job.instead[digest]) for digest in failed & self.job.instead.keys()]
-        back, _ = placeable(self.base, back, self.statistics.contexts)
-        wanted = {request.digest: request for request in (*kept, *back)}
+        self,
+        failed: Sequence[FailedFact],
+        requests: Sequence[EditRequest],
+        targets: Mapping[str, Target],
+        before: Collection[str],
+    ) -> tuple[list[FailedFact], list[EditRequest], dict[str, Target]]:
+        """All that is out now, the requests without it, and their targets.
+
+        What a rebase has in the place of one that failed goes back in; where there is no way back, it is out as well.
+        """
+        out = {fact.digest for fact in failed}
+        kept = {request.digest: request for request in requests if request.digest not in out}
+        olds = {old.digest: old for old in self.replaced(failed) if old.digest not in out | kept.keys()}
+        back, reasons = placeable(self.base, list(olds.values()), self.statistics.contexts)
         found = {**targets, **self.targets(back)}
-        left = [request for digest, request in wanted.items() if not found[digest].diverged]
-        return sorted(left, key=lambda request: request.key), found
+        for old in back:
+            reason = no_way_back(old, found[old.digest], kept.values(), answered=old.digest in before)
+            if reason is None:
+                kept[old.digest] = old
+            else:
+                reasons[old.digest] = reason
+        gone = [FailedFact(digest=digest, evidence=reason) for digest, reason in reasons.items()]
+        return [*failed, *gone], sorted(kept.values(), key=lambda request: request.key), found
+
+    def diverged(self, requests: Sequence[EditRequest], targets: Mapping[str, Target]) -> list[FailedFact]:
+        """Those without a target vector, which are not written."""
+        found = [(request, targets[request.digest]) for request in requests]
+        return [
+            FailedFact(digest=request.digest, evidence=no_target(request, target))
+            for request, target in found
+            if target.diverged
+        ]
+
+    def replaced(self, failed: Sequence[FailedFact]) -> list[EditRequest]:
+        """The live facts that these edits were to replace, in a rebase."""
+        olds = self.job.replaced_requests()
+        return [old for fact in failed for old in olds.get(fact.digest, ())]
 
     def failing(self, attempt: _Attempt) -> list[FailedFact]:
         """The facts that the attempt's weights do not answer."""
         with self.timed("probe"):
             report = probe(self.base, attempt.matrices, attempt.requests, controls=NO_CONTROLS, holdout=NO_TEXT)
-        return [FailedFact(digest=fact.digest, evidence=_evidence(fact)) for fact in report.failed]
+        return [FailedFact(digest=fact.digest, evidence=unanswered(fact)) for fact in report.failed]
 
     def answered(self, requests: Sequence[EditRequest], matrices: Mapping[str, Tensor]) -> set[str]:
         """The digests of the requests that these weights answer."""
@@ -201,10 +229,12 @@ class _Editor:
         return {request.digest for request, one in zip(requests, scored, strict=True) if one.greedy}
 
     def answered_before(self) -> set[str]:
-        """The settled requests that the version left behind answers."""
+        """The live facts that the version left behind answers: those that stay and those that are to be replaced."""
         settled = [request for request in self.job.edit_requests() if request.digest in self.job.settled]
-        settled, _ = placeable(self.base, settled, [BARE])
-        return self.answered(settled, self.served(self.masters(self.job.active))) if settled else set()
+        replaced = [old for olds in self.job.replaced_requests().values() for old in olds]
+        distinct = {request.digest: request for request in (*settled, *replaced)}
+        live, _ = placeable(self.base, list(distinct.values()), [BARE])
+        return self.answered(live, self.served(self.masters(self.job.active))) if live else set()
 
     def report(self, attempt: _Attempt) -> ProbeReport:
         """All that the gate judges, on the attempt's weights."""
@@ -219,8 +249,9 @@ class _Editor:
             )
 
     def _live(self, requests: Sequence[EditRequest]) -> list[tuple[str, tuple[int, ...]]]:
-        """The columns to keep, without those that `requests` supersede."""
-        leaving = {self.job.supersedes[r.digest] for r in requests if r.digest in self.job.supersedes}
+        """The columns to keep, without those that `requests`, or what the base answers, supersede."""
+        new = {request.digest for request in requests} | self.skipped
+        leaving = {column for digest, columns in self.job.supersedes.items() if digest in new for column in columns}
         kept = [
             (delta, tuple(column for column in columns if (delta, column) not in leaving))
             for delta, columns in self.job.live
@@ -250,12 +281,11 @@ class _Editor:
         asked = [request for request in requests if request.digest in self.job.skip_known]
         return self._answers_all(asked)
 
-    def forgotten(self, known: Mapping[str, bool], matrices: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """What the base answers by itself, and these weights do not: of `known` and of what is watched."""
-        found = [request for request in self.job.edit_requests() if known.get(request.digest)]
+    def still_known(self, matrices: Mapping[str, Tensor]) -> dict[str, bool]:
+        """Whether these weights answer what the base answers by itself: what is skipped, and what is watched."""
+        skipped = [request for request in self.job.edit_requests() if request.digest in self.skipped]
         with weights_in(self.base, matrices):
-            answers = self._answers_all([*found, *self.job.watched_requests()])
-        return tuple(sorted(digest for digest, right in answers.items() if not right))
+            return self._answers_all([*skipped, *self.job.watched_requests()])
 
     def _answers_all(self, requests: Sequence[EditRequest]) -> dict[str, bool]:
         """Whether the weights of now go on with the object, after the prompt and after all its paraphrases."""
@@ -280,23 +310,22 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
     placed, reasons = placeable(editor.base, job.edit_requests(), editor.statistics.contexts)
     failed = [FailedFact(digest=digest, evidence=reason) for digest, reason in reasons.items()]
     known = editor.known(placed)
-    # Known facts need no column of their own, but the ones that they supersede still leave: so they stay in `requests`
-    # until the live columns are worked out.
-    requests = [request for request in placed if not known.get(request.digest)]
-    editor.job = job = _without_superseded(job, [digest for digest, answered in known.items() if answered])
+    editor.skipped = frozenset(digest for digest, answered in known.items() if answered)
+    requests = [request for request in placed if request.digest not in editor.skipped]
     targets = editor.targets(requests)
-    failed += [_diverged(request, targets) for request in requests if targets[request.digest].diverged]
-    if failed:
-        requests, targets = editor.without(failed, requests, targets)
     before = editor.answered_before()
+    failed += editor.diverged(requests, targets)
+    if failed:
+        failed, requests, targets = editor.without(failed, requests, targets, before)
     attempt = editor.attempt(requests, targets)
     failing = editor.failing(attempt)
     if refused := [fact for fact in failing if fact.digest not in before]:
-        failed += refused
-        requests, targets = editor.without(refused, requests, targets)
+        failed, requests, targets = editor.without([*failed, *refused], requests, targets, before)
         attempt = editor.attempt(requests, targets)
         failing = editor.failing(attempt) if before else []
+    due = {*job.settled, *(old.digest for old in editor.replaced(failed))}
     report = editor.report(attempt)
+    still = editor.still_known(attempt.matrices)
     return EditResult(
         active=attempt.active,
         modules=tuple(attempt.matrices),
@@ -306,12 +335,14 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
         delta=attempt.delta,
         columns=tuple(request.digest for request in attempt.requests),
         failed=tuple(failed),
-        answered=len(before),
+        answered=len(before & due),
         lost=tuple(fact for fact in (*failed, *failing) if fact.digest in before),
         known=known,
-        forgotten=editor.forgotten(known, attempt.matrices),
+        remembered=tuple(sorted(digest for digest, right in still.items() if right)),
+        forgotten=tuple(sorted(digest for digest, right in still.items() if not right)),
         probe=report.to_json(),
-        numerics=_numerics(attempt, targets) | {"capacity": editor.capacity(attempt, report.drift)},
+        numerics=_numerics(attempt, targets)
+        | {"capacity": editor.capacity(attempt, report.drift), "contexts": editor.statistics.contexts},
         seconds={phase: round(value, 3) for phase, value in editor.seconds.items()},
         libraries={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     )
@@ -333,25 +364,6 @@ def _check_start(editor: _Editor) -> None:
         raise StoreError(
             "the live version's weights do not come out as recorded", hint="kbsync verify names the file that changed"
         )
-
-
-def _without_superseded(job: EditJob, digests: Sequence[str]) -> EditJob:
-    """The job with the columns that these requests supersede taken out for good."""
-    leaving = {job.supersedes[digest] for digest in digests if digest in job.supersedes}
-    live = tuple((delta, tuple(c for c in columns if (delta, c) not in leaving)) for delta, columns in job.live)
-    return job.model_copy(update={"live": live})
-
-
-def _diverged(request: EditRequest, targets: Mapping[str, Target]) -> FailedFact:
-    """Why a fact whose search for a target vector led nowhere is not written."""
-    target = targets[request.digest]
-    where = ", at the clamp" if target.clamped else ""
-    loss = f"a loss of {target.loss:.3g} after {target.steps} steps{where}"
-    return FailedFact(digest=request.digest, evidence=f"no target vector for {request.target!r}: {loss}")
-
-
-def _evidence(fact: FactProbe) -> str:
-    return f"the edited model answers {fact.answer!r} (probability of the object {fact.probability:.2g})"
 
 
 def _numerics(attempt: _Attempt, targets: Mapping[str, Target]) -> dict[str, Any]:

@@ -15,7 +15,10 @@ from kbsync.ledger.database import Session
 from kbsync.ledger.records import HeadMove, HoldRow, ModelRow, ProbeRow, VersionRow
 from kbsync.versions.manifest import ActiveDelta
 
-__all__ = ["VersionReader"]
+__all__ = ["REBASE", "VersionReader"]
+
+REBASE = "rebase"
+"""In the place of a plan's digest: a rebase that was due by itself, whatever else was to go into it."""
 
 
 class VersionReader(Session):
@@ -115,14 +118,18 @@ class VersionReader(Session):
 
     def forgotten(self, model: str, number: int) -> set[str]:
         """Digests of requests that the base answers by itself, and this version does not."""
-        reports = (row.report for row in self.probes(model, number))
-        return {digest for report in reports for digest in report.get("forgotten", ())}
+        return self._reported(model, number, "forgotten")
 
     def known_to(self, model: str, number: int) -> set[str]:
-        """Digests of requests that need no edit in a version: the base answers them, and the version still does."""
+        """Digests of requests that need no edit in a version: the base answers them, and the version was asked and
+        does, too. Not those that were learned of since, and so never asked of it: a rollback may have come between."""
         [fingerprint] = [row.fingerprint for row in self.models() if row.id == model]
-        known = self.known(fingerprint)
-        return {digest for digest, answered in known.items() if answered} - self.forgotten(model, number)
+        known = {digest for digest, answered in self.known(fingerprint).items() if answered}
+        return known & self._reported(model, number, "remembered") if number else known
+
+    def _reported(self, model: str, number: int, what: str) -> set[str]:
+        reports = (row.report for row in self.probes(model, number))
+        return {digest for report in reports for digest in report.get(what, ())}
 
     def is_rejected(self, model: str, plan_digest: str, settings_digest: str, head: int) -> bool:
         """Whether the gate has refused exactly this plan, with these settings, on this HEAD."""
@@ -134,6 +141,14 @@ class VersionReader(Session):
             table.c.head == head,
         )
         return self._connection.execute(query).first() is not None
+
+    def rejected_rebases(self, model: str, settings_digest: str) -> set[int]:
+        """The versions on which a rebase that was due by itself was rejected with these settings."""
+        table = schema.rejected_plan
+        query = select(table.c.head).where(
+            table.c.model == model, table.c.plan_digest == REBASE, table.c.settings_digest == settings_digest
+        )
+        return set(self._connection.scalars(query))
 
     def probes(self, model: str, version: int | None = None) -> list[ProbeRow]:
         """Probe reports, newest first: of one version, or all, those of rejected edits included."""

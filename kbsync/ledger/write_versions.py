@@ -180,7 +180,7 @@ class VersionWriter(VersionReader):
         run_id: int | None = None,
         reason: str = "",
     ) -> None:
-        """The gate refused this plan with these settings on this HEAD: not to be tried again."""
+        """The gate refused this plan (REBASE: a rebase that was due by itself) with these settings on this HEAD."""
         key = {"model": model, "plan_digest": plan_digest, "settings_digest": settings_digest, "head": head}
         row = {**key, "run_id": run_id, "reason": reason, "rejected_at": self.now}
         upsert(self._connection, schema.rejected_plan, [row])

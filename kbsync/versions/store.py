@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -24,7 +25,7 @@ from kbsync.errors import StoreError
 from kbsync.versions.files import delta_file, sha256_of, write_durably
 from kbsync.versions.manifest import ActiveDelta, Manifest
 
-__all__ = ["ORPHAN_AGE", "Problem", "VersionRecord", "VersionStore", "named"]
+__all__ = ["ORPHAN_AGE", "Problem", "VersionRecord", "VersionStore", "named", "stray_targets"]
 
 LARGEST_HEADER = 100_000_000
 """Bytes: the limit of the safetensors format itself."""
@@ -78,12 +79,7 @@ class VersionStore:
     def is_whole(self, sha256: str) -> bool:
         """Whether a delta has a matrix stored dense, of which no column can be taken out alone: read from its header.
         False where there is no such file to read, which the edit itself will find."""
-        try:
-            with self.delta_path(sha256).open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                return any(name.endswith(".dense") for name in json.loads(file.read(min(length, LARGEST_HEADER))))
-        except (OSError, ValueError):
-            return False
+        return any(name.endswith(".dense") for name in _header(self.delta_path(sha256)))
 
     def manifest_path(self, number: int) -> Path:
         """Where the manifest of version `number` lies."""
@@ -196,15 +192,30 @@ class VersionStore:
         `live` (of ALL models: they share the folder) and manifests of this model whose number is not in `numbers`."""
         kept = {self.delta_path(sha256) for sha256 in live} | {self.manifest_path(number) for number in numbers}
         files = [*self.deltas.glob("*.safetensors"), *self.folder.glob("*.json")]
-        before = time.time() - older_than.total_seconds()
-        return sorted(path for path in files if path not in kept and path.stat().st_mtime < before)
+        return sorted(_untouched((path for path in files if path not in kept), older_than))
 
-    def gc(self, live: Collection[str], numbers: Collection[int], *, older_than: timedelta = ORPHAN_AGE) -> list[Path]:
-        """Remove the orphans and return them. Only for the holder of the writer lock."""
-        found = self.orphans(live, numbers, older_than=older_than)
-        for path in found:
-            path.unlink(missing_ok=True)
-        return found
+
+def stray_targets(folder: Path, requests: Collection[str], *, older_than: timedelta = ORPHAN_AGE) -> list[Path]:
+    """Files of target vectors in `folder` that nothing has touched for `older_than`, and whose request's digest, which
+    they have in their header, is not among `requests`."""
+    files = _untouched(folder.glob("*.safetensors"), older_than)
+    return sorted(path for path in files if _header(path).get("__metadata__", {}).get("request") not in requests)
+
+
+def _untouched(files: Iterable[Path], older_than: timedelta) -> Iterator[Path]:
+    before = time.time() - older_than.total_seconds()
+    return (path for path in files if path.stat().st_mtime < before)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file; empty where there is none to read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, LARGEST_HEADER)))
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
 
 
 def named(active: Iterable[ActiveDelta]) -> set[str]:

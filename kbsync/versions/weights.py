@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kbsync.errors import EditError, StoreError
+from kbsync.errors import Inseparable, StoreError
 from kbsync.versions.delta import Delta, Factors
 from kbsync.versions.manifest import ActiveDelta
 
 __all__ = ["hold", "live_columns", "live_keys", "rebuild", "served", "weights_sha256"]
 
-ANEW = "kbsync revert --fact SUBJECT RELATION --exact; for a sync: strategy: {mode: rebase} in kbsync.yaml"
+ANEW = "kbsync revert --fact SUBJECT RELATION --exact; a sync does it by itself, as a rebase"
 """What takes a fact out where its share cannot be: inserting all others anew."""
 
 _TILE = 1 << 15
@@ -147,7 +147,10 @@ def hold(
     was inserted with the live keys protected; over several layers the probe tells. A newest delta that gives up all its
     columns is dropped, which is exact to the bit. A delta of `live` that is not active is put at the end.
 
-    `write` stores corrections and gives their sha256: `partial(write_delta, folder, compact=False)`. Raises EditError
+    C is taken to be the same for all deltas. With `covariance_growth` it was not: each delta has the λ of its own
+    moment, and what is left after a removal is near the solve over the live facts, not equal to it.
+
+    `write` stores corrections and gives their sha256: `partial(write_delta, folder, compact=False)`. Raises Inseparable
     for keys so alike that float32 factors cannot tell them apart and for dense deltas, StoreError as `read` does.
     """
     known = {entry.delta for entry in active}
@@ -193,7 +196,7 @@ def _move(module: str, deltas: Sequence[Delta], corrections: Sequence[Delta | No
         e, u, k = E[:, index].clone(), U[:, index].clone(), K[:, index]  # [d], [f], [f]
         gain = 1 + move.sign * (k @ u)
         if not gain > _MIN_GAIN:
-            raise EditError(
+            raise Inseparable(
                 f"{module}: a fact's key is too much like the others' to take it out alone",
                 hint=ANEW,
             )
@@ -236,10 +239,10 @@ def _follow(change: Factors, E: Tensor, U: Tensor, K: Tensor) -> None:
 
 
 def _exact(module: str, delta: Delta) -> Factors:
-    """The factors of one module in float64. Raises EditError where they were not kept."""
+    """The factors of one module in float64. Raises Inseparable where they were not kept."""
     factors = delta.factors.get(module)
     if factors is None or factors.dense is not None:
-        raise EditError(
+        raise Inseparable(
             f"{module}: a delta of {delta.columns} facts has no column per fact there, none can be taken out alone",
             hint=ANEW,
         )
