@@ -16,7 +16,7 @@ from kbsync.config import Workspace
 from kbsync.control import call
 from kbsync.errors import Busy, UsageError
 from kbsync.facts import FactKey
-from kbsync.garbage import collect
+from kbsync.garbage import collect, retire
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast, rebase
@@ -80,6 +80,11 @@ def _gc(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return collect(reconciler.workspace, reconciler.ledger, older_than, dry=bool(arguments.get("dry")))
 
 
+def _retire(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    reason = arguments.get("reason", "")
+    return retire(reconciler.workspace, reconciler.ledger, arguments["model"], user=reconciler.user, reason=reason)
+
+
 COMMANDS = {
     "sync": _Command(_sync),
     "plan": _Command(_plan),
@@ -90,6 +95,7 @@ COMMANDS = {
     "rebase": _Command(_rebase),
     "release": _Command(_release),
     "gc": _Command(_gc, (("older_than",),)),
+    "retire": _Command(_retire, (("model",),)),
 }
 UNDO = frozenset({"rollback"})
 """Commands that go before a running edit: it is cancelled and planned again later."""

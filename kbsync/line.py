@@ -167,7 +167,7 @@ class Line:
     def _same(self, db: Reader, keep: Mapping[FactKey, Applied]) -> tuple[ActiveDelta, ...] | None:
         """The active deltas of an earlier version that holds just the columns `keep`: its very weights come back."""
         wanted = {(fact.delta, fact.column) for fact in keep.values()}
-        for version in reversed(db.versions(self.model)):
+        for version in reversed(db.kept_versions(self.model)):
             held = db.applied(self.model, version.number).values()
             if {(fact.delta, fact.column) for fact in held} == wanted:
                 return tuple(db.active(self.model, version.number))

@@ -112,7 +112,7 @@ def verify_workspace(workspace: Workspace, ledger: Ledger, *, weights: bool = Tr
         records = {
             model.id: [
                 VersionRecord(row.number, row.manifest_sha256, tuple(db.active(model.id, row.number)))
-                for row in db.versions(model.id)
+                for row in db.kept_versions(model.id)
             ]
             for model in models
         }

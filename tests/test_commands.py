@@ -15,7 +15,14 @@ from tests.workspaces import workspace
 
 @pytest.mark.parametrize(
     ("command", "named"),
-    [("approve", "run"), ("reject", "run"), ("rollback", "to"), ("revert", "version or key"), ("gc", "older_than")],
+    [
+        ("approve", "run"),
+        ("reject", "run"),
+        ("rollback", "to"),
+        ("revert", "version or key"),
+        ("gc", "older_than"),
+        ("retire", "model"),
+    ],
 )
 def test_a_command_without_what_it_needs_is_refused_with_the_name_of_it(
     tmp_path: Path, command: str, named: str

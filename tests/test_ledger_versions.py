@@ -11,6 +11,7 @@ import pytest
 from kbsync.errors import LedgerError, UsageError
 from kbsync.facts import Hold, QuarantinedRow
 from kbsync.ledger import RunStatus
+from kbsync.ledger.read_versions import REBASE
 from kbsync.versions.manifest import ActiveDelta
 from tests.ledgers import (
     MODEL,
@@ -324,3 +325,47 @@ def test_the_audit_log_is_newest_first(tmp_path: Path) -> None:
         with ledger.read() as db:
             log = [(row.user, row.action, row.run_id, row.detail, row.at) for row in db.audit_log()]
     assert log == [("you", "release", None, {"keys": []}, NOON), ("me", "approve", run, {"plan": "d1"}, NOON)]
+
+
+def test_what_the_base_knows_is_known_to_a_version_once_it_was_asked_and_answers(tmp_path: Path) -> None:
+    """Not to one that was rolled back to, which was published before the question."""
+    with opened(tmp_path) as ledger:
+        register(ledger)
+        with ledger.write() as db:
+            db.note_known("f" * 64, {"r1": True, "r2": True, "r3": False})
+            db.publish(version(1, 0, active=[], probe={"remembered": ["r1"], "forgotten": ["r2"]}))
+            db.publish(version(2, 1, active=[]))
+        with ledger.read() as db:
+            assert [db.known_to(MODEL, number) for number in (0, 1, 2)] == [{"r1", "r2"}, {"r1"}, set()]
+            assert db.forgotten(MODEL, 1) == {"r2"}
+        with ledger.write() as db:
+            db.note_probe(MODEL, 2, {"remembered": ["r2"], "forgotten": []})
+        with ledger.read() as db:
+            assert db.known_to(MODEL, 2) == {"r2"}
+
+
+def test_a_rejected_rebase_is_remembered_by_its_settings_and_head(tmp_path: Path) -> None:
+    """Other plans that were rejected are none."""
+    with opened(tmp_path) as ledger:
+        register(ledger)
+        with ledger.write() as db:
+            db.note_rejected(MODEL, REBASE, "s1", 3)
+            db.note_rejected(MODEL, REBASE, "s1", 5)
+            db.note_rejected(MODEL, "p1", "s1", 7)
+        with ledger.read() as db:
+            assert (db.rejected_rebases(MODEL, "s1"), db.rejected_rebases(MODEL, "s2")) == ({3, 5}, set())
+
+
+def test_a_retired_model_keeps_its_base_its_head_and_what_comes_later(tmp_path: Path) -> None:
+    with opened(tmp_path) as ledger:
+        register(ledger)
+        with ledger.write() as db:
+            db.publish(version(1, 0, active=[]))
+            db.publish(version(2, 1, active=[]))
+            db.retire(MODEL, user="me", reason="no longer served")
+        with ledger.write() as db:
+            assert (db.head(MODEL), db.retired()) == (0, {MODEL: 2})
+            db.publish(version(3, 0, active=[]))
+            assert [row.number for row in db.kept_versions(MODEL)] == [0, 3]
+            db.move_head(MODEL, 1, user="me", reason="back")
+            assert [row.number for row in db.kept_versions(MODEL)] == [0, 1, 3]

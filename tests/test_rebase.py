@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kbsync.editor.target_store import TargetStore
 from kbsync.editor.targets import Target
 from kbsync.errors import GateRejected, Inseparable, UsageError
 from kbsync.facts import Applied, EditRequest, FactKey, Hold
+from kbsync.garbage import collect, retire
 from kbsync.ledger import Ledger
 from kbsync.ledger.records import VersionRow
 from kbsync.rebase import forecast, rebase
@@ -415,6 +417,7 @@ def _unlearn(reconciler: Reconciler, key: FactKey) -> None:
 
 def test_another_base_takes_over_the_live_facts_and_the_old_line_stays(made: TestWorkspace) -> None:
     save(tiny_llama(seed=1), made.root / "newer")
+    made.strategy(min_retention="80%")
     with made.open() as reconciler:
         rollback(reconciler.line(), 1)
         old = row(reconciler)
@@ -508,6 +511,35 @@ def test_facts_that_another_base_knows_by_itself_take_no_edit_there(made: TestWo
         assert star in holds(reconciler)
         assert FactKey("constellation", "stars:known") not in held_by
         assert done["facts"] + len(done["failed"]) == 6
+
+
+def test_a_model_that_was_left_can_be_retired_which_frees_its_files_and_it_starts_anew_if_named_again(
+    made: TestWorkspace,
+) -> None:
+    save(tiny_llama(seed=1), made.root / "newer")
+    config = made.root / "kbsync.yaml"
+    old = config.read_text()
+    with made.open() as reconciler:
+        reconciler.take_over("newer", "preset.yaml")
+        with pytest.raises(UsageError, match=r"model model: kbsync\.yaml names it"):
+            retire(reconciler.workspace, reconciler.ledger, "model", user="test")
+    config.write_text(old.replace("model: model", "model: newer"))
+    with made.open() as reconciler:
+        model = reconciler.line().model
+        with reconciler.ledger.read() as db:
+            ours = {entry.delta for entry in db.active(model, 1)}
+        with pytest.raises(UsageError, match="model gone: the ledger does not know it"):
+            retire(reconciler.workspace, reconciler.ledger, "gone", user="test")
+        retire(reconciler.workspace, reconciler.ledger, "model", user="test")
+        collect(reconciler.workspace, reconciler.ledger, timedelta(0))
+        assert {path.stem for path in reconciler.workspace.deltas.iterdir()} == ours
+    assert problems(made) == []
+    config.write_text(old)
+    with made.open() as reconciler:
+        assert reconciler.sync()[0].versions == [3]
+        collect(reconciler.workspace, reconciler.ledger, timedelta(0))
+        assert holds(reconciler) == CHANGED
+    assert problems(made) == []
 
 
 def test_a_base_that_takes_too_few_of_the_facts_is_rejected(made: TestWorkspace) -> None:

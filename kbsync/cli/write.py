@@ -195,6 +195,21 @@ def gc(
     return None
 
 
+@app.command()
+def retire(
+    model: Annotated[str, typer.Argument(help="A model that kbsync.yaml no longer names: its name or id.")],
+    root: Root = Path(),
+    reason: Reason = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give up the versions of a former model, so that `gc` frees their files."""
+    done = _perform("retire", {"model": model, "reason": reason}, root)
+    if as_json:
+        return emit(done)
+    say(f"the versions of {escape(done['model'])} are given up; `kbsync gc` removes their files")
+    return None
+
+
 def _perform(command: str, arguments: dict[str, Any], root: Path) -> dict[str, Any]:
     from kbsync.commands import perform
 

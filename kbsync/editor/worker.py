@@ -232,8 +232,7 @@ class _Editor:
         """The live facts that the version left behind answers: those that stay and those that are to be replaced."""
         settled = [request for request in self.job.edit_requests() if request.digest in self.job.settled]
         replaced = [old for olds in self.job.replaced_requests().values() for old in olds]
-        distinct = {request.digest: request for request in (*settled, *replaced)}
-        live, _ = placeable(self.base, list(distinct.values()), [BARE])
+        live, _ = placeable(self.base, [*settled, *replaced], [BARE])
         return self.answered(live, self.served(self.masters(self.job.active))) if live else set()
 
     def report(self, attempt: _Attempt) -> ProbeReport:

@@ -15,10 +15,12 @@ from kbsync.ledger.database import Session
 from kbsync.ledger.records import HeadMove, HoldRow, ModelRow, ProbeRow, VersionRow
 from kbsync.versions.manifest import ActiveDelta
 
-__all__ = ["REBASE", "VersionReader"]
+__all__ = ["REBASE", "RETIRE", "VersionReader"]
 
 REBASE = "rebase"
 """In the place of a plan's digest: a rebase that was due by itself, whatever else was to go into it."""
+RETIRE = "retire"
+"""The entry of the audit log by which a model's versions so far were given up."""
 
 
 class VersionReader(Session):
@@ -55,6 +57,17 @@ class VersionReader(Session):
         if not found:
             raise UsageError(f"version {number} of {model}: there is no such version", hint="kbsync log")
         return found[0]
+
+    def retired(self) -> dict[str, int]:
+        """Models whose versions were given up -> the newest of those: their files need not be there."""
+        table = schema.audit
+        query = select(table.c.detail).where(table.c.action == RETIRE).order_by(table.c.id)
+        return {detail["model"]: detail["version"] for detail in self._connection.scalars(query)}
+
+    def kept_versions(self, model: str) -> list[VersionRow]:
+        """The versions whose files have to be there: all but those given up, and HEAD in any case."""
+        given_up, head = self.retired().get(model, 0), self.head(model)
+        return [row for row in self.versions(model) if row.number > given_up or row.number in (0, head)]
 
     def _versions(self, *which: Any) -> list[VersionRow]:
         table, probe = schema.version, schema.probe_result

@@ -13,7 +13,7 @@ from kbsync.facts import Applied, FactKey, Hold
 from kbsync.ledger import schema
 from kbsync.ledger.codec import applied_to_json
 from kbsync.ledger.database import bulk_insert, upsert
-from kbsync.ledger.read_versions import VersionReader
+from kbsync.ledger.read_versions import RETIRE, VersionReader
 from kbsync.ledger.records import PublishedVersion
 
 __all__ = ["VersionWriter"]
@@ -113,6 +113,12 @@ class VersionWriter(VersionReader):
         self.version(model, number)
         self._move(model, number, user, reason)
         self.audit(user, "move head", {"model": model, "from": before, "to": number, "reason": reason})
+
+    def retire(self, model: str, *, user: str, reason: str) -> None:
+        """Give up a model's versions so far: its pristine base is live, and no file of theirs has to be kept."""
+        newest = self.versions(model)[-1].number
+        self.move_head(model, 0, user=user, reason=reason)
+        self.audit(user, RETIRE, {"model": model, "version": newest, "reason": reason})
 
     def _move(self, model: str, number: int, user: str, reason: str) -> None:
         values = {"model": model, "version": number, "at": self.now, "who": user, "reason": reason}
