@@ -204,7 +204,10 @@ def test_a_model_without_a_preset_can_be_measured_but_not_edited(
     assert "kbsync calibrate" in said
 
 
-def test_the_table_shows_metrics_relations_and_protocol(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_metrics_relations_and_protocol(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     model, preset = tiny_model(folder)
     data = f"counterfact:{tiny_dataset(folder)}"
     options = ("--model", str(model), "--preset", str(preset), "--dataset", data, "--limit", "4", "--edit")
