@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kbsync.config import Workspace
+from kbsync.editor import worker
 from kbsync.ledger import Ledger
 from kbsync.serving import Versions, verify_workspace
 from tests.workspaces import TestWorkspace, workspace
@@ -152,3 +155,30 @@ def test_a_full_disk_fails_the_run_and_publishes_nothing(
     with made.open() as reconciler:
         reconciler.sync()
     assert head_and_problems(made) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "data/deltas/x"),
+            "data/deltas/x: cannot write: No space left",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "model"), "model: the system refuses: Permission denied"),
+        (OSError("no such thing"), "the system refuses: no such thing"),
+    ],
+)
+def test_what_the_system_refuses_to_an_edit_is_named_and_only_a_full_disk_is_called_so(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(worker, "perform", fail)
+    monkeypatch.setattr(worker, "_say", told.append)
+    monkeypatch.setattr(worker.EditJob, "model_validate_json", lambda _: None)
+    monkeypatch.setattr(worker, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("{}"))
+    worker.main()
+    assert told[0]["error"]["message"].startswith(said)
