@@ -25,7 +25,7 @@ from kbsync.editor.preset import Preset
 from kbsync.errors import EditError, UsageError
 from kbsync.facts import EditRequest
 from tests.labs import bench, tiny_dataset, tiny_laboratory, tiny_options
-from tests.tiny import VARIANTS, tiny, tiny_preset
+from tests.tiny import VARIANTS, WIDTH, tiny, tiny_preset
 
 places = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=8)
 
@@ -135,6 +135,7 @@ def test_attention_writes_through_its_output_projection(variant: str) -> None:
     attention = replace(base, spec=attention_spec(base))
     for layer in range(base.layers):
         name = attention.spec.down_name(layer)
+        assert attention.weight(name).shape[0] == WIDTH
         attention.set_weight(name, torch.zeros_like(attention.weight(name)))
     assert difference() < 1e-6
 

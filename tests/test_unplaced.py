@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kbsync.bench.data import counterfact_records
+from kbsync.editor.model import Base
 from kbsync.errors import UsageError
 from kbsync.facts import FactKey
 from kbsync.rebase import rebase
@@ -78,6 +79,24 @@ def test_a_rebase_goes_on_without_it(tmp_path: Path) -> None:
         reconciler.sync()
         done = rebase(reconciler.line(), reconciler.judge, reconciler.controls())
         assert done["facts"] == len(STARS)
+
+
+def test_a_rebase_takes_out_what_can_no_longer_be_placed_and_keeps_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the value that a fact had nor its new one: another base may read shorter texts."""
+    old, changed = "z" * 60, "y" * 60
+    made = workspace(tmp_path, STARS | {old: "Paris", changed: "Rome"})
+    with made.open() as reconciler:
+        reconciler.sync()
+        assert live(reconciler) == {*STARS, old, changed}
+        made.feed(STARS | {old: "Paris", changed: "French"})
+        made.strategy(mode="rebase")
+    monkeypatch.setattr(Base, "max_tokens", property(lambda _: 60))
+    with made.open() as reconciler:
+        reconciler.sync()
+        assert live(reconciler) == set(STARS)
+        assert all("the model reads 60" in why for why in evidence(reconciler).values())
 
 
 def with_one_more(folder: Path) -> None:

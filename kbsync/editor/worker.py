@@ -223,7 +223,8 @@ class _Editor:
         return [FailedFact(digest=fact.digest, evidence=unanswered(fact)) for fact in report.failed]
 
     def answered(self, requests: Sequence[EditRequest], matrices: Mapping[str, Tensor]) -> set[str]:
-        """The digests of the requests that these weights answer."""
+        """The digests of the requests that these weights answer; of what the model cannot read, it answers nothing."""
+        requests, _ = placeable(self.base, requests, [BARE])
         with self.timed("probe"), weights_in(self.base, matrices):
             scored = log_probabilities(self.base, [(request.prompt, request.target) for request in requests])
         return {request.digest for request, one in zip(requests, scored, strict=True) if one.greedy}
@@ -232,7 +233,7 @@ class _Editor:
         """The live facts that the version left behind answers: those that stay and those that are to be replaced."""
         settled = [request for request in self.job.edit_requests() if request.digest in self.job.settled]
         replaced = [old for olds in self.job.replaced_requests().values() for old in olds]
-        live, _ = placeable(self.base, [*settled, *replaced], [BARE])
+        live = [*settled, *replaced]
         return self.answered(live, self.served(self.masters(self.job.active))) if live else set()
 
     def report(self, attempt: _Attempt) -> ProbeReport:
