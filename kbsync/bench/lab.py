@@ -11,9 +11,8 @@ everything that they depend on, so a repeated run, and another setting that shar
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from kbsync.errors import UsageError
 from kbsync.facts import EditRequest, digest_of
 from kbsync.hub import cache_dir, fingerprint, resolve_model
 from kbsync.progress import Progress, silent
+from kbsync.timing import timed
 from kbsync.versions.weights import served, weights_sha256
 
 __all__ = ["PRISTINE", "Laboratory", "Weights", "laboratory", "open_laboratory"]
@@ -81,14 +81,9 @@ class Laboratory:
     left_out: dict[str, str] = field(default_factory=dict)
     _gauge: Gauge | None = None
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> AbstractContextManager[None]:
         """Add the block's wall-clock seconds to `phase`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        return timed(self.seconds, phase)
 
     def since(self, before: Mapping[str, float]) -> dict[str, float]:
         """Seconds by phase that have passed since `seconds` was `before`."""

@@ -32,6 +32,7 @@ __all__ = [
     "load_facts",
     "load_references",
     "load_zsre",
+    "read_list",
 ]
 
 DatasetKind = Literal["counterfact", "zsre", "csv"]
@@ -106,7 +107,7 @@ def load_references(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
     Raises ConfigError for what is no such file.
     """
     texts: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for number, value in enumerate(_list(path)):
+    for number, value in enumerate(read_list(path)):
         try:
             texts[value["relation_id"], value["target_id"]] += [str(one["text"]) for one in value["samples"]]
         except (KeyError, TypeError) as error:
@@ -139,12 +140,12 @@ def load_facts(path: Path) -> list[EditRequest]:
 
 
 def _records(path: Path, name: str, parse: Callable[[Mapping[str, Any]], Record]) -> list[Record]:
-    values = [(f"record {number}", value) for number, value in enumerate(_list(path))]
+    values = [(f"record {number}", value) for number, value in enumerate(read_list(path))]
     return _parsed(path, f"{name} record", values, parse)
 
 
-def _list(path: Path) -> list[Any]:
-    """The JSON list in a file."""
+def read_list(path: Path) -> list[Any]:
+    """The JSON list in a file. Raises ConfigError where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -11,7 +11,6 @@ too: its true objects are such facts.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kbsync.editor.answers import log_probabilities
-from kbsync.editor.datasets import CounterFactRecord
+from kbsync.editor.datasets import CounterFactRecord, read_list
 from kbsync.editor.model import Base
 from kbsync.errors import ConfigError
 from kbsync.facts import EditRequest, FactKey
@@ -58,7 +57,7 @@ def load_known(path: Path) -> list[KnownFact]:
     Facts whose prompt does not hold the subject exactly once are left out. Raises ConfigError (file, record, key).
     """
     found = []
-    for number, value in enumerate(_records(path)):
+    for number, value in enumerate(read_list(path)):
         try:
             fact = _fact(value)
         except (KeyError, TypeError, AttributeError) as error:
@@ -70,18 +69,8 @@ def load_known(path: Path) -> list[KnownFact]:
 
 def is_counterfact(path: Path) -> bool:
     """Whether the file holds CounterFact records (published or flat) rather than known facts. Raises ConfigError."""
-    first: Any = next(iter(_records(path)), None)
+    first: Any = next(iter(read_list(path)), None)
     return isinstance(first, Mapping) and ("requested_rewrite" in first or "target_new" in first)
-
-
-def _records(path: Path) -> list[Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no JSON to read: {error}", file=path) from error
-    if not isinstance(values, list):
-        raise ConfigError("not a list of records", file=path)
-    return values
 
 
 def _fact(value: Mapping[str, Any]) -> KnownFact:

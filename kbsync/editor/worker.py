@@ -17,8 +17,8 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -44,6 +44,7 @@ from kbsync.errors import EditError, KbsyncError, StoreError
 from kbsync.executor import open_executor
 from kbsync.facts import EditRequest
 from kbsync.progress import Progress
+from kbsync.timing import timed
 from kbsync.versions.delta import Delta, read_delta, write_delta
 from kbsync.versions.manifest import ActiveDelta
 from kbsync.versions.weights import hold, live_columns, live_keys, rebuild, served, weights_sha256
@@ -81,14 +82,9 @@ class _Editor:
     """Digests of requests that the base answers: they get no column, and what they supersede leaves all the same."""
     deltas: dict[str, Delta] = field(default_factory=dict)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> AbstractContextManager[None]:
         """Add the block's wall-clock seconds to `phase`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        return timed(self.seconds, phase)
 
     def read(self, sha256: str) -> Delta:
         """A delta of the store, checked and kept."""
