@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,12 @@ import pytest
 
 if TYPE_CHECKING:
     from kbsync.editor.model import Base
+
+# A rich console that is made while COLUMNS is set keeps that width for ever. The one of `kbsync.cli` is made here,
+# without it, so that a test's own COLUMNS counts, whatever the shell says and whichever test comes first.
+for _name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+    os.environ.pop(_name, None)
+importlib.import_module("kbsync.cli.common")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
