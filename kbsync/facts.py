@@ -67,7 +67,9 @@ class FactKey(NamedTuple):
 class Claim:
     """What one source says, and where exactly. `origin` is the row or statement: `line 7`, `wds:Q42-…`.
 
-    `seen` counts the consecutive accepted fetches that said it; a connector leaves it at 1, the ledger fills it in.
+    `qualifiers` tell subjects apart that are written alike: sorted pairs such as ("state", "Ohio").
+    `seen` counts the consecutive accepted fetches that said it, `since` is when the first of them was recorded, and
+    `id` is the claim's row in the ledger; a connector leaves all three, the ledger fills them in.
     """
 
     source: str
@@ -79,6 +81,9 @@ class Claim:
     start: str | None = None
     end: str | None = None
     seen: int = 1
+    qualifiers: tuple[tuple[str, str], ...] = ()
+    since: datetime | None = field(default=None, compare=False)
+    id: int | None = field(default=None, compare=False)
 
     @property
     def key(self) -> FactKey:
@@ -103,6 +108,8 @@ class Provenance:
 
     `declaration`: digest of the source file's keys that the body was read with. Validators are offered again only
     under the same declaration: a 304 says nothing about rows that another mapping would have read.
+    `as_of`: up to when the answer shows the source's own changes, where it says so; `cursor`: where an incremental
+    source goes on; `verified`: the checksum or signature that the body passed.
     """
 
     location: str
@@ -112,13 +119,17 @@ class Provenance:
     etag: str | None = None
     last_modified: str | None = None
     declaration: str | None = None
+    as_of: datetime | None = None
+    cursor: str | None = None
+    verified: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """All that a source said in one fetch. `complete`: a subject that is absent is withdrawn; otherwise it means
     nothing. `not_modified`: the source vouched (HTTP 304) that nothing changed since the validators given; then
-    `claims` and `quarantined` are empty and mean nothing."""
+    `claims` and `quarantined` are empty and mean nothing. `aliases`: other ways to write an entity, by its id;
+    `redirects`: ids that the source has merged into others, old -> new."""
 
     source: str
     relation: str
@@ -127,6 +138,8 @@ class Snapshot:
     quarantined: Sequence[QuarantinedRow] = ()
     complete: bool = True
     not_modified: bool = False
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    redirects: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -137,7 +150,8 @@ class Snapshot:
 @dataclass(frozen=True, slots=True)
 class Fact:
     """The claim that the policy accepted for a key. `withdrawn`: the source no longer says it and the policy keeps it.
-    `source` and `origin` name the claim behind it (for an inverse fact, the claim behind its origin)."""
+    `source` and `origin` name the claim behind it (for an inverse fact, the claim behind its origin), `claim` is that
+    claim's row in the ledger, `rule` says in words why it was preferred to others."""
 
     relation: str
     subject: Entity
@@ -145,6 +159,8 @@ class Fact:
     source: str
     origin: str
     status: FactStatus = "live"
+    claim: int | None = field(default=None, compare=False)
+    rule: str = field(default="", compare=False)
 
     @property
     def key(self) -> FactKey:

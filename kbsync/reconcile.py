@@ -30,18 +30,17 @@ from kbsync.editor.job import ControlFile, EditResult
 from kbsync.errors import Cancelled, GateRejected, Held, Inseparable, KbsyncError, SourceError, UsageError
 from kbsync.facts import EditRequest, Snapshot
 from kbsync.gate import shortfalls, shortfalls_by_policy
+from kbsync.intake import take_in
 from kbsync.ledger import Ledger
 from kbsync.ledger.read_versions import REBASE
 from kbsync.ledger.reader import Reader
-from kbsync.ledger.writer import Writer
 from kbsync.line import Line
 from kbsync.observe import observe
-from kbsync.plan import Plan, check_edits, check_guard, make_plan
+from kbsync.plan import Plan, check_edits, make_plan
 from kbsync.policy import Inverse, Policy, Relation, render
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast_onto, take_over
 from kbsync.report import Report
-from kbsync.resolve import resolve
 from kbsync.versions.files import sweep_temporary
 
 __all__ = ["SCHEDULED", "Reconciler", "open_workspace"]
@@ -218,10 +217,10 @@ class Reconciler:
         approved: then the guard is off and any other plan is refused."""
         with self.ledger.write() as db:
             run = run_id or db.start_run(policy.policy, model=line.model, trigger="plan", user=self.user)
-            report = self._record(db, policy, run, snapshots)
+            taken = take_in(db, policy, run, snapshots)
             plan = self._plan(db, policy, line)
-            report.plan = plan
-            report.reasons = [*report.reasons, *check_edits(plan, policy.guard)]
+            report = Report(policy=policy.policy, run_id=run, changes=taken.changes, plan=plan, counts=taken.counts)
+            report.reasons = [*taken.reasons, *check_edits(plan, policy.guard)]
             report.counts |= {"edits": len(plan.edits), "retractions": len(plan.retractions), "held": len(plan.held)}
             if expected is not None and plan.digest != expected:
                 raise UsageError(
@@ -238,27 +237,6 @@ class Reconciler:
         report.status = "planned" if dry else "held" if held else "decided"
         if held:
             self._hold_run(run, report, snapshots, dry=dry)
-        return report
-
-    def _record(self, db: Writer, policy: Policy, run: int, snapshots: Sequence[Snapshot]) -> Report:
-        report = Report(policy=policy.policy, run_id=run)
-        reasons: list[str] = []
-        counts = dict.fromkeys(("rows", "added", "ended", "quarantined"), 0)
-        for snapshot in snapshots:
-            before, first = db.claims_of(snapshot.source), db.last_accepted(snapshot.source) is None
-            reasons += check_guard(before, snapshot, policy.guard, first=first)
-            recorded = db.record(run, snapshot)
-            for name in counts:
-                counts[name] += getattr(recorded, name)
-        relations = tuple(policy.wording())
-        resolution = resolve(db.claims(tuple(policy.relations)), db.facts(relations), policy)
-        report.changes = db.apply(run, resolution.facts, resolution.conflicts, relations)
-        report.counts = counts | {
-            "changes": len(report.changes),
-            "conflicts": len(resolution.conflicts),
-            "pending": len(resolution.pending),
-        }
-        report.reasons = reasons
         return report
 
     def _plan(self, db: Reader, policy: Policy, line: Line) -> Plan:

@@ -13,22 +13,38 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby, takewhile
 
 from kbsync.facts import Change, ChangeKind, Claim, Conflict, ConflictKind, EditRequest, Fact, FactKey
 from kbsync.policy import Inverse, Policy, Relation, render
 
-__all__ = ["Resolution", "diff", "keep_apart", "resolve"]
+__all__ = ["ONLY_CLAIM", "Context", "Resolution", "diff", "keep_apart", "resolve"]
 
 _Wording = Mapping[str, Relation | Inverse]
+
+ONLY_CLAIM = "the only claim"
+"""The rule of a fact that nothing else was weighed against."""
 
 _SHOWN = 10
 """Claims that one conflict lists; its reason gives their number. The inverse of a constellation has every star."""
 
 _DATE = re.compile(r"([+-]?\d{4,9})(?:-(\d\d)(?:-(\d\d)([T ].*)?)?)?")
 """ISO 8601 as Wikidata writes it: years before 1 and after 9999, and months and days of 00 where unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a resolution depends on beside claims, previous facts and policy.
+
+    `now` is the time of the transaction. `rulings`: the object id that a person chose for a key. `recent`: the object
+    ids that a key had before its present one, as far back as the policy looks for flip-flops.
+    """
+
+    now: datetime | None = None
+    rulings: Mapping[FactKey, str] = field(default_factory=dict)
+    recent: Mapping[FactKey, frozenset[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +76,12 @@ class _Verdict:
 _SILENCE = _Verdict()
 
 
-def resolve(claims: Iterable[Claim], previous: Mapping[FactKey, Fact], policy: Policy) -> Resolution:
+def resolve(
+    claims: Iterable[Claim],
+    previous: Mapping[FactKey, Fact],
+    policy: Policy,
+    context: Context = Context(),  # noqa: ARG001
+) -> Resolution:
     """The facts of the policy's relations, from the live claims and the facts accepted before.
 
     - A claim counts once its source has said it `confirm.fetches` times in a row. While claims that do not count yet
@@ -276,7 +297,7 @@ def _turned(facts: Iterable[Fact], relations: Mapping[str, Relation]) -> Iterabl
     for fact in facts:
         inverse = relations[fact.relation].inverse
         if inverse is not None and fact.status == "live":
-            yield Claim(fact.source, inverse.relation, fact.object, fact.subject, fact.origin)
+            yield Claim(fact.source, inverse.relation, fact.object, fact.subject, fact.origin, id=fact.claim)
 
 
 # From verdicts to facts --------------------------------------------------------------------------------------------
@@ -320,7 +341,9 @@ def _settle(
 def _next(claim: Claim | None, before: Fact | None, wording: Relation | Inverse) -> Fact | None:
     """The fact of a key that is decided, given the one before."""
     if claim is not None:
-        fact = Fact(claim.relation, claim.subject, claim.object, claim.source, claim.origin)
+        fact = Fact(
+            claim.relation, claim.subject, claim.object, claim.source, claim.origin, claim=claim.id, rule=ONLY_CLAIM
+        )
         # A row that only moved within its source is the fact as accepted, with the origin of that day.
         return before if before is not None and replace(before, origin=fact.origin) == fact else fact
     if before is None or wording.retract == "revert":

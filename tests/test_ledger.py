@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -95,8 +97,18 @@ def test_the_migrations_make_what_the_tables_declare(tmp_path: Path) -> None:
 
 
 def _words(statement: str) -> list[str]:
-    """A CREATE TABLE as its parts, whose order does not matter."""
-    return sorted(part.strip(" ,\n\t") for part in statement.splitlines() if part.strip(" ,()\n\t"))
+    """A CREATE TABLE as its parts, whose order does not matter. A column that was added later has its foreign key
+    beside it, which is written as the others are."""
+    head, _, body = " ".join(statement.split()).partition("(")
+    body, _, tail = body.rpartition(")")
+    beside = re.compile(r"(\w+) (\w+) CONSTRAINT (\w+) REFERENCES (.+)")
+    parts = [beside.sub(r"\1 \2, CONSTRAINT \3 FOREIGN KEY(\1) REFERENCES \4", part) for part in _split(body)]
+    return sorted([head.strip(), tail.strip(), *(word for part in parts for word in _split(part))])
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas that are in no parentheses."""
+    return [part.strip() for part in re.split(r",(?![^(]*\))", text)]
 
 
 def test_the_newest_revision_is_the_one_that_opening_asks_for() -> None:
@@ -350,7 +362,7 @@ def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
             connection.executescript(
                 "DROP INDEX fact_one_live_object; DROP TRIGGER head_no_delete; DELETE FROM head;"
                 "INSERT INTO fact SELECT 77, relation, subject_id, subject_label, 'feed:Draco', 'Draco', source,"
-                " origin, status, since, until, 99, NULL FROM fact"
+                " origin, status, since, until, 99, NULL, NULL, rule FROM fact"
             )
         problems = "\n".join(ledger.check())
     for expected in ("constellation of feed:Vega: 2 live objects", "has no HEAD", "table fact, row 77"):
@@ -384,23 +396,28 @@ def test_a_backup_is_whole_private_and_never_overwrites(tmp_path: Path) -> None:
         with pytest.raises(LedgerError, match="File exists"):
             ledger.backup(copy)
     assert copy.stat().st_mode & 0o777 == 0o600
-    assert dump(copy.parent) == dump(tmp_path)
+    assert sorted(dump(copy.parent)) == sorted(dump(tmp_path))
     with opened(copy.parent) as ledger, ledger.read() as db:
         assert db.facts() == facts(Vega="Lyra")
 
 
-def test_an_older_schema_is_upgraded_after_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ledger behind this kbsync's revision is copied before Alembic touches it."""
-    with opened(tmp_path) as ledger:
-        decide(ledger, facts(Vega="Lyra"))
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "data" / "ledgers").glob("*.db.gz")), ids=str)
+def test_a_ledger_of_every_earlier_schema_is_upgraded_after_a_backup(file: Path, tmp_path: Path) -> None:
+    """A ledger that an earlier kbsync wrote is copied, then upgraded: sound, and with the facts that it had."""
+    (tmp_path / "ledger.db").write_bytes(gzip.decompress(file.read_bytes()))
     before = dump(tmp_path)
-    monkeypatch.setattr("kbsync.ledger.migrate.REVISION", "0002")
-    with opened(tmp_path):
-        pass
-    (copy,) = tmp_path.glob("ledger.db.0001-*.backup")
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        live = connection.execute("SELECT subject_id, object_id FROM fact WHERE until IS NULL").fetchall()
+    with opened(tmp_path) as ledger:
+        assert ledger.check() == []
+        with ledger.read() as db:
+            found = db.facts()
+            assert sorted((key.subject, fact.object.id) for key, fact in found.items()) == sorted(live)
+            assert all(fact.claim is not None for fact in found.values())
+    (copy,) = tmp_path.glob(f"ledger.db.{file.name[:4]}-*.backup")
     (tmp_path / "old").mkdir()
     copy.rename(tmp_path / "old" / "ledger.db")
-    assert dump(tmp_path / "old") == before
+    assert sorted(dump(tmp_path / "old")) == sorted(before)
 
 
 def test_opening_and_asking_loads_no_torch(tmp_path: Path) -> None:

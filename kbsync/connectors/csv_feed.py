@@ -20,7 +20,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -159,7 +159,8 @@ class CsvConnector:
                 problem = f"has {len(record)} fields, the header has {table.width}"
                 yield Row(origin, record, problem=problem)
             elif all(read(record) == value for read, value in wanted):
-                row = Row(origin, record, object_space=space, **{field: read(record) for field, read in fields.items()})
+                values: dict[str, Any] = {field: read(record) for field, read in fields.items()}
+                row = Row(origin, record, object_space=space, **values)
                 if row.object_id:
                     row.object_id = f"{space}:{row.object_id}"
                 yield row

@@ -6,8 +6,8 @@ present where its id can be read. Equal rows are one claim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 from kbsync.connectors.text import clean, clean_date, clean_label, label_key, printable
@@ -27,7 +27,8 @@ class Row:
     """One row as the source gave it, nothing checked. Empty text means: not given; `raw` is all that it said.
 
     `subject_id` is the id within the source's space (empty: the label is the id), `object_id` a whole id, or empty:
-    then the object is its text, in the space `object_space`. `problem` is what the connector itself found wrong.
+    then the object is its text, in the space `object_space`. `qualifiers` tell subjects apart that are written alike;
+    `aliases` are other ways to write the subject. `problem` is what the connector itself found wrong.
     """
 
     origin: str
@@ -40,14 +41,25 @@ class Row:
     rank: str = ""
     start: str = ""
     end: str = ""
+    qualifiers: Mapping[str, str] = field(default_factory=dict)
+    aliases: Sequence[str] = ()
     problem: str = ""
 
 
-def snapshot_of(source: Source, rows: Iterable[Row], provenance: Provenance) -> Snapshot:
-    """All rows of one fetch as a snapshot. It is complete only where the source file says so and every bad row names
-    its subject: otherwise the subject of the unreadable row would seem to be gone."""
-    claims: dict[tuple[Entity, Entity, Rank, str | None, str | None], Claim] = {}
+def snapshot_of(
+    source: Source,
+    rows: Iterable[Row],
+    provenance: Provenance,
+    *,
+    complete: bool = True,
+    redirects: Mapping[str, str] | None = None,
+) -> Snapshot:
+    """All rows of one fetch as a snapshot. It is complete only where the source file says so, the connector does not
+    say otherwise (`complete`), and every bad row names its subject: otherwise the subject of the unreadable row would
+    seem to be gone. `redirects`: whole ids that the source has merged into others."""
+    claims: dict[tuple[object, ...], Claim] = {}
     quarantined: list[QuarantinedRow] = []
+    aliases: dict[str, tuple[str, ...]] = {}
     for row in rows:
         subject_id = None
         try:
@@ -57,14 +69,20 @@ def snapshot_of(source: Source, rows: Iterable[Row], provenance: Provenance) -> 
             reason = str(error) if subject_id else f"{error}; nothing is withdrawn while a row names no subject"
             quarantined.append(QuarantinedRow(row.origin, reason, printable(" | ".join(row.raw)), subject_id))
         else:
-            claims.setdefault((claim.subject, claim.object, claim.rank, claim.start, claim.end), claim)
+            claims.setdefault(
+                (claim.subject, claim.object, claim.rank, claim.start, claim.end, claim.qualifiers), claim
+            )
+            if row.aliases:
+                aliases[claim.subject.id] = tuple(clean_label(alias, "an alias") for alias in row.aliases)
     return Snapshot(
         source=source.source,
         relation=source.relation,
         provenance=provenance,
         claims=tuple(claims.values()),
         quarantined=tuple(quarantined),
-        complete=source.snapshot == "complete" and all(row.subject_id for row in quarantined),
+        complete=complete and source.snapshot == "complete" and all(row.subject_id for row in quarantined),
+        aliases=aliases,
+        redirects=dict(redirects or {}),
     )
 
 
@@ -106,6 +124,9 @@ def _claim(source: Source, row: Row, subject_id: str) -> Claim:
         rank=cast(Rank, rank),
         start=clean_date(row.start, "the start") if row.start else None,
         end=_end(row.end),
+        qualifiers=tuple(
+            (name, clean_label(value, f"the {name} of the subject")) for name, value in sorted(row.qualifiers.items())
+        ),
     )
 
 

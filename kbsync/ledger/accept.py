@@ -102,6 +102,8 @@ def _begin_facts(connection: Connection, facts: Iterable[Fact], decision: Decisi
             fact.source,
             fact.origin,
             fact.status,
+            fact.claim,
+            fact.rule,
             decision.at,
             decision.run_id,
         )

@@ -47,15 +47,18 @@ _CONTENT = (
     "rank",
     "valid_from",
     "valid_to",
+    "qualifiers",
 )
 """What makes two rows the same claim: all that a source says, but not where it says it."""
+
+_OPTIONAL = ("valid_from", "valid_to", "qualifiers")
 
 _metadata = MetaData()
 _incoming = Table(
     "incoming",
     _metadata,
     Column("position", Integer, primary_key=True),
-    *(Column(name, Text) for name in _CONTENT),
+    *(Column(name, schema.claim.c[name].type) for name in _CONTENT),
     Column("origin", Text),
     Column("claim_id", Integer),
     prefixes=["TEMPORARY"],
@@ -124,6 +127,9 @@ def _accept(connection: Connection, run_id: int, snapshot: Snapshot, now: dateti
         "complete": snapshot.complete,
         "not_modified": snapshot.not_modified,
         "rows": snapshot.rows,
+        "as_of": seen.as_of,
+        "cursor": seen.cursor,
+        "verified": seen.verified,
     }
     return _Fetch(insert_row(connection, _fetch, row), number, snapshot)
 
@@ -163,6 +169,7 @@ def _stage(connection: Connection, snapshot: Snapshot) -> None:
             claim.rank,
             claim.start,
             claim.end,
+            [list(pair) for pair in claim.qualifiers] or None,
             claim.origin,
         )
         for position, claim in zip(count(), snapshot.claims)
@@ -173,8 +180,8 @@ def _stage(connection: Connection, snapshot: Snapshot) -> None:
 
 def _match(connection: Connection, fetch: _Fetch) -> None:
     """Each staged row learns which live claim it repeats, if any."""
-    same = [_claim.c[name].is_not_distinct_from(_incoming.c[name]) for name in _CONTENT if name.startswith("valid")]
-    same += [_claim.c[name] == _incoming.c[name] for name in _CONTENT if not name.startswith("valid")]
+    same = [_claim.c[name].is_not_distinct_from(_incoming.c[name]) for name in _CONTENT if name in _OPTIONAL]
+    same += [_claim.c[name] == _incoming.c[name] for name in _CONTENT if name not in _OPTIONAL]
     claim_id = select(_claim.c.id).where(fetch.live, *same).limit(1).correlate(_incoming).scalar_subquery()
     connection.execute(update(_incoming).values(claim_id=claim_id))
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REVISION", "migrate"]
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest revision in `migrations/versions`. Named here so that opening a current ledger need not load Alembic."""
 
 

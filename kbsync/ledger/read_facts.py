@@ -17,14 +17,25 @@ from kbsync.ledger.records import ConflictRow, FactRow
 
 __all__ = ["FACT", "FactReader", "change_kind", "fact_of"]
 
-FACT = ("relation", "subject_id", "subject_label", "object_id", "object_label", "source", "origin", "status")
+FACT = (
+    "relation",
+    "subject_id",
+    "subject_label",
+    "object_id",
+    "object_label",
+    "source",
+    "origin",
+    "status",
+    "claim_id",
+    "rule",
+)
 """The columns that make a Fact, in the order of `fact_of`."""
 
 
 def fact_of(values: Collection[Any]) -> Fact:
     """The columns FACT as a value."""
-    relation, subject, subject_label, object_, object_label, source, origin, status = values
-    return Fact(relation, Entity(subject, subject_label), Entity(object_, object_label), source, origin, status)
+    relation, subject, subject_label, object_, object_label, *rest = values
+    return Fact(relation, Entity(subject, subject_label), Entity(object_, object_label), *rest)
 
 
 def change_kind(before: Fact | None, after: Fact | None) -> ChangeKind | None:

@@ -27,6 +27,9 @@ _CLAIM = (
     schema.claim.c.valid_to,
     schema.claim.c.seen_from,
     schema.claim.c.seen_to,
+    schema.claim.c.qualifiers,
+    schema.fetch.c.recorded_at,
+    schema.claim.c.id,
 )
 PROVENANCE = (
     schema.fetch.c.location,
@@ -36,6 +39,9 @@ PROVENANCE = (
     schema.fetch.c.etag,
     schema.fetch.c.last_modified,
     schema.fetch.c.declaration,
+    schema.fetch.c.as_of,
+    schema.fetch.c.cursor,
+    schema.fetch.c.verified,
 )
 """The columns of a fetch that `provenance_of` wants, in its order."""
 
@@ -58,7 +64,13 @@ class SourceReader(Session):
 
     def _claims(self, which: ColumnElement[bool]) -> list[Claim]:
         newest = self._newest_fetches()
-        query = select(*_CLAIM).where(which, schema.claim.c.until_fetch.is_(None)).order_by(schema.claim.c.id)
+        claim, fetch = schema.claim, schema.fetch
+        query = (
+            select(*_CLAIM)
+            .join(fetch, fetch.c.id == claim.c.since_fetch)
+            .where(which, claim.c.until_fetch.is_(None))
+            .order_by(claim.c.id)
+        )
         return [_claim(row, newest) for row in self._connection.execute(query)]
 
     def _newest_fetches(self) -> dict[str, int]:
@@ -111,7 +123,8 @@ class SourceReader(Session):
 
 
 def _claim(row: Sequence[Any], newest: dict[str, int]) -> Claim:
-    source, relation, subject, subject_label, object_, object_label, origin, rank, start, end, seen_from, seen_to = row
+    source, relation, subject, subject_label, object_, object_label, origin, rank, start, end, *more = row
+    seen_from, seen_to, qualifiers, since, id_ = more
     return Claim(
         source=source,
         relation=relation,
@@ -122,6 +135,9 @@ def _claim(row: Sequence[Any], newest: dict[str, int]) -> Claim:
         start=start,
         end=end,
         seen=(newest[source] if seen_to is None else seen_to) - seen_from + 1,
+        qualifiers=tuple((name, value) for name, value in qualifiers or ()),
+        since=since,
+        id=id_,
     )
 
 

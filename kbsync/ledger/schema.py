@@ -65,6 +65,9 @@ class Fetch(LedgerTable, table=True):
     complete: bool = flag()
     not_modified: bool = flag()
     rows: int
+    as_of: datetime | None = time()
+    cursor: str | None = text()
+    verified: str | None = text()
 
 
 class Claim(LedgerTable, table=True):
@@ -92,6 +95,7 @@ class Claim(LedgerTable, table=True):
     until_fetch: int | None = refers("fetch")
     seen_from: int
     seen_to: int | None
+    qualifiers: Any | None = json_value()
 
 
 class Quarantine(LedgerTable, table=True):
@@ -137,6 +141,69 @@ class Fact(LedgerTable, table=True):
     until: datetime | None = time()
     since_run: int = refers("run")
     until_run: int | None = refers("run")
+    claim_id: int | None = refers("claim")
+    rule: str = text(sa_column_kwargs={"server_default": ""})
+
+
+class Waiting(LedgerTable, table=True):
+    """A key whose claims do not count yet, and why: it keeps its last accepted fact while this is open."""
+
+    __table_args__ = (
+        one_of("reason", "confirm", "quorum", "flip-flop"),
+        live_index("waiting_one_open", "until", "relation", "subject_id"),
+        LedgerTable.__table_args__,
+    )
+    id: int | None = key()
+    relation: str = text()
+    subject_id: str = text()
+    object_id: str | None = text()
+    reason: str = text()
+    detail: str = text()
+    since: datetime = time()
+    until: datetime | None = time()
+    since_run: int = refers("run")
+    until_run: int | None = refers("run")
+
+
+class Ruling(LedgerTable, table=True):
+    """A person's choice between claims: while it is in force, the key's object is this one if any claim says so."""
+
+    __table_args__ = (live_index("ruling_one_per_key", "until", "relation", "subject_id"), LedgerTable.__table_args__)
+    id: int | None = key()
+    relation: str = text()
+    subject_id: str = text()
+    object_id: str = text()
+    who: str = text()
+    reason: str = text()
+    since: datetime = time()
+    until: datetime | None = time()
+
+
+class Alias(LedgerTable, table=True):
+    """Another way to write an entity, as a source gives it."""
+
+    __table_args__ = (
+        live_index("alias_live", "until_fetch", "source", "entity_id", "label"),
+        Index("alias_by_label", "label"),
+        LedgerTable.__table_args__,
+    )
+    id: int | None = key()
+    source: str = text()
+    entity_id: str = text()
+    label: str = text()
+    since_fetch: int = refers("fetch")
+    until_fetch: int | None = refers("fetch")
+
+
+class Redirect(LedgerTable, table=True):
+    """An id that a source has merged into another one: its history is the other's, too. `new_id` is never old."""
+
+    __table_args__ = (Index("redirect_to", "new_id"), LedgerTable.__table_args__)
+    old_id: str = text(primary_key=True)
+    new_id: str = text()
+    source: str = text()
+    run_id: int = refers("run")
+    at: datetime = time()
 
 
 class Conflict(LedgerTable, table=True):
@@ -182,6 +249,27 @@ class StagedSnapshot(LedgerTable, table=True):
     snapshot: str = text()
 
 
+class Verdict(LedgerTable, table=True):
+    """What a person said of one row of a held plan: rows that are refused are held when the run is approved."""
+
+    run_id: int = Field(primary_key=True, foreign_key="run.id")
+    relation: str = text(primary_key=True)
+    subject_id: str = text(primary_key=True)
+    approved: bool = flag()
+    who: str = text()
+    reason: str = text()
+    at: datetime = time()
+
+
+class PolicyState(LedgerTable, table=True):
+    """What a policy's facts were last resolved with: where its digest changes, every key is decided again."""
+
+    policy: str = text(primary_key=True)
+    digest: str = text()
+    run_id: int = refers("run")
+    at: datetime = time()
+
+
 class Model(LedgerTable, table=True):
     """A model that follows the ledger."""
 
@@ -213,6 +301,23 @@ class Version(LedgerTable, table=True):
     who: str = text()
     reason: str = text()
     created_at: datetime = time()
+
+
+class Plan(LedgerTable, table=True):
+    """What a run decided to do to a model's weights, whole: the link between a decision and a version."""
+
+    __table_args__ = (
+        ForeignKeyConstraint(["model"], ["model.id"]),
+        Index("plan_of_run", "run_id"),
+        LedgerTable.__table_args__,
+    )
+    id: int | None = key()
+    run_id: int = refers("run")
+    model: str = text()
+    head: int
+    digest: str = text()
+    document: Any = json_value()
+    at: datetime = time()
 
 
 class VersionDelta(LedgerTable, table=True):
@@ -364,7 +469,9 @@ def _core(name: str) -> Table:
 metadata = LedgerTable.metadata
 run, fetch, claim, quarantine = _core("run"), _core("fetch"), _core("claim"), _core("quarantine")
 fact, conflict = _core("fact"), _core("conflict")
-staged, staged_snapshot = _core("staged"), _core("staged_snapshot")
+waiting, ruling, alias, redirect = _core("waiting"), _core("ruling"), _core("alias"), _core("redirect")
+staged, staged_snapshot, verdict = _core("staged"), _core("staged_snapshot"), _core("verdict")
+policy_state, plan = _core("policy_state"), _core("plan")
 model, version, version_delta = _core("model"), _core("version"), _core("version_delta")
 delta_fact, head, hold = _core("delta_fact"), _core("head"), _core("hold")
 known, rejected_plan, probe_result = _core("known"), _core("rejected_plan"), _core("probe_result")
