@@ -31,7 +31,10 @@ __all__ = [
     "Provenance",
     "QuarantinedRow",
     "Rank",
+    "Ruling",
     "Snapshot",
+    "WaitReason",
+    "Waiting",
     "digest_of",
 ]
 
@@ -39,6 +42,7 @@ Rank = Literal["preferred", "normal", "deprecated"]
 FactStatus = Literal["live", "withdrawn"]
 ChangeKind = Literal["added", "changed", "removed", "withdrawn", "restored", "relabelled"]
 HoldReason = Literal["rollback", "revert", "probe", "manual"]
+WaitReason = Literal["confirm", "quorum", "flip-flop"]
 ConflictKind = Literal["rows", "sources", "ambiguous", "prompt", "inverse"]
 
 
@@ -176,6 +180,26 @@ class Conflict:
     kind: ConflictKind
     claims: tuple[Claim, ...]
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A key whose claims do not count yet: why, and which object waits (None: not just one). It keeps its last fact."""
+
+    key: FactKey
+    reason: WaitReason
+    object: str | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """A person's choice of an object id for a key over those `overruled`. It decides while a claim names the object;
+    an object that is neither was not chosen against, and is a conflict again."""
+
+    object: str
+    overruled: frozenset[str] = frozenset()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Values only; `catalog.py` reads the files and names file, line and key of what i
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 SUBJECT = "{subject}"
+_FIELD = re.compile(r"\{([a-z][a-z0-9_]*)\}")
+"""`{subject}`, `{state}`: a name in the template of a subject."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _DURATION = re.compile(r"(\d+)\s*(s|m|h|d)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -64,6 +67,19 @@ def _template(text: str) -> str:
 
 
 Template = Annotated[str, Field(max_length=512), BeforeValidator(lambda v: _template(v) if isinstance(v, str) else v)]
+
+
+def _subject_template(text: str) -> str:
+    if (found := text.count(SUBJECT)) != 1:
+        raise ValueError(f"needs {SUBJECT} exactly once, has it {found} times")
+    if re.search(r"[{}]", _FIELD.sub("", text)):
+        raise ValueError("has braces that are no {name} of a qualifier")
+    return text
+
+
+SubjectTemplate = Annotated[
+    str, Field(max_length=512), BeforeValidator(lambda v: _subject_template(v) if isinstance(v, str) else v)
+]
 
 
 class Source(BaseModel):
@@ -109,9 +125,20 @@ class Relation(_Wording):
 
     inverse: Inverse | None = None
     cardinality: Literal["one", "many"] = "one"
+    subject: SubjectTemplate = SUBJECT
+    """How a subject is written, with the claim's qualifiers: tells apart those that are written alike."""
+    prefer: tuple[Name, ...] = ()
+    """Sources that decide alone where they say something, the first of them first."""
     skip_known: bool = False
     protected: tuple[str, ...] = ()
     """Subject ids whose facts are recorded but never edited."""
+
+    def subject_label(self, label: str, qualifiers: Mapping[str, str]) -> str:
+        """The subject as it is written; the plain label where a qualifier is missing. Braces in it are just text."""
+        values = {**qualifiers, "subject": label}
+        if not set(_FIELD.findall(self.subject)) <= values.keys():
+            return label
+        return _FIELD.sub(lambda name: values[name[1]], self.subject)
 
 
 class Schedule(_Strict):
@@ -130,9 +157,12 @@ class Schedule(_Strict):
 
 
 class Confirm(_Strict):
-    """How often in a row a source must say something before it counts."""
+    """How often in a row, and for how many hours, a source must say something before it counts; and for how long a key
+    may not change back to an object that it had (seconds; 0: it may)."""
 
     fetches: Annotated[int, Field(ge=1)] = 1
+    hours: Annotated[float, Field(ge=0)] = 0
+    flip_flop: Seconds = 0
 
 
 class Guard(_Strict):

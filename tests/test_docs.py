@@ -18,7 +18,7 @@ from kbsync.connectors.csv_feed import Columns, CsvOptions
 from kbsync.connectors.sparql import SparqlOptions
 from kbsync.editor.job import ExecutorSettings
 from kbsync.ledger.schema import metadata
-from kbsync.policy import Gate, Guard, Inverse, Policy, Relation, Source
+from kbsync.policy import Confirm, Gate, Guard, Inverse, Policy, Relation, Source
 from kbsync.strategy import Strategy
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +34,7 @@ MODELS: list[type[BaseModel]] = [
     Policy,
     Relation,
     Inverse,
+    Confirm,
     Guard,
     Gate,
     Strategy,

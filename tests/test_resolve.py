@@ -5,16 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbsync.facts import Claim, EditRequest, Entity, Fact, FactKey
+from kbsync.facts import Claim, EditRequest, Entity, Fact, FactKey, Ruling
 from kbsync.policy import Policy, render
-from kbsync.resolve import Resolution, diff, keep_apart, resolve
+from kbsync.resolve import Context, Resolution, diff, keep_apart, resolve
 from tests.worlds import TEMPLATES, claim, claims, contradictions, policies, policy_of
 
+NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 ANN, BOB = FactKey("place", "s:Ann"), FactKey("place", "s:Bob")
 
 
@@ -34,6 +37,10 @@ def objects(resolution: Resolution) -> dict[FactKey, str]:
 
 def kinds(resolution: Resolution) -> dict[FactKey, str]:
     return {conflict.key: conflict.kind for conflict in resolution.conflicts}
+
+
+def waiting(resolution: Resolution) -> tuple[FactKey, ...]:
+    return tuple(one.key for one in resolution.pending)
 
 
 # One source --------------------------------------------------------------------------------------------------------
@@ -175,7 +182,7 @@ def test_quorum_waits_where_too_few_have_spoken() -> None:
     """One voice that nobody contradicts is pending, and the accepted fact stays."""
     old = facts_of(claim("Ann", "Bonn"))
     resolution = resolve([claim("Ann", "Oslo")], old, policy_of(precedence="quorum(2)", **THREE))
-    assert (objects(resolution), resolution.conflicts, resolution.pending) == ({ANN: "Bonn"}, (), (ANN,))
+    assert (objects(resolution), resolution.conflicts, waiting(resolution)) == ({ANN: "Bonn"}, (), (ANN,))
 
 
 def test_two_quorums_are_a_conflict() -> None:
@@ -215,27 +222,27 @@ def test_what_was_said_once_waits() -> None:
     """A new key has no fact yet, a changed one keeps the old one; both are pending."""
     old = facts_of(claim("Ann", "Rome"))
     resolution = resolve([claim("Ann", "Oslo"), claim("Bob", "Bonn")], old, policy_of(**TWICE))
-    assert (resolution.facts, resolution.pending) == (old, (ANN, BOB))
+    assert (resolution.facts, waiting(resolution)) == (old, (ANN, BOB))
 
 
 def test_a_new_key_waits_until_its_sources_are_settled() -> None:
     """A confirmed claim is no fact for one pass only, while a better source's claim is on its way."""
     said = [claim("Ann", "Oslo", seen=1), claim("Ann", "Bonn", source="beta", seen=9)]
     resolution = resolve(said, {}, policy_of(**TWICE, **THREE))
-    assert (resolution.facts, resolution.pending) == ({}, (ANN,))
+    assert (resolution.facts, waiting(resolution)) == ({}, (ANN,))
 
 
 def test_what_was_said_often_enough_counts() -> None:
     """At the threshold exactly."""
     resolution = resolve([claim("Ann", "Oslo", seen=2)], facts_of(claim("Ann", "Rome")), policy_of(**TWICE))
-    assert (objects(resolution), resolution.pending) == ({ANN: "Oslo"}, ())
+    assert (objects(resolution), waiting(resolution)) == ({ANN: "Oslo"}, ())
 
 
 def test_said_once_takes_nothing_away() -> None:
     """A claim that is deprecated for the first time does not withdraw the fact."""
     old = facts_of(claim("Ann", "Rome"))
     resolution = resolve([claim("Ann", "Rome", rank="deprecated")], old, policy_of(**TWICE))
-    assert (resolution.facts, resolution.pending) == (old, (ANN,))
+    assert (resolution.facts, waiting(resolution)) == (old, (ANN,))
 
 
 def test_a_source_that_changes_its_mind_does_not_let_a_lesser_one_through() -> None:
@@ -243,14 +250,207 @@ def test_a_source_that_changes_its_mind_does_not_let_a_lesser_one_through() -> N
     old = facts_of(claim("Ann", "Rome"))
     said = [claim("Ann", "Oslo", seen=1), claim("Ann", "Bonn", source="beta", seen=9)]
     resolution = resolve(said, old, policy_of(**TWICE, **THREE))
-    assert (resolution.facts, resolution.pending) == (old, (ANN,))
+    assert (resolution.facts, waiting(resolution)) == (old, (ANN,))
 
 
 def test_a_second_row_that_was_seen_once_is_no_conflict_yet() -> None:
     """The confirmed row stands, the key is pending."""
     said = [claim("Ann", "Rome", seen=5), claim("Ann", "Oslo", seen=1)]
     resolution = resolve(said, facts_of(said[0]), policy_of(**TWICE))
-    assert (objects(resolution), resolution.conflicts, resolution.pending) == ({ANN: "Rome"}, (), (ANN,))
+    assert (objects(resolution), resolution.conflicts, waiting(resolution)) == ({ANN: "Rome"}, (), (ANN,))
+
+
+def test_hours_count_from_when_the_ledger_first_had_the_claim() -> None:
+    """At the hour exactly; a claim of unknown age is new. With `fetches` both must hold."""
+    policy = policy_of(confirm={"hours": 24, "fetches": 2})
+    old = facts_of(claim("Ann", "Rome"))
+    for seen, age, confirmed in [(2, 24.0, True), (2, 23.9, False), (1, 24.0, False), (2, None, False)]:
+        since = None if age is None else NOON - timedelta(hours=age)
+        resolution = resolve([claim("Ann", "Oslo", seen=seen, since=since)], old, policy, Context(now=NOON))
+        assert objects(resolution) == {ANN: "Oslo" if confirmed else "Rome"}
+        assert [one.detail for one in resolution.pending] == (
+            [] if confirmed else ["Oslo counts after 2 fetches in a row and 24 hours"]
+        )
+
+
+def test_a_change_that_is_taken_back_before_it_counts_was_none() -> None:
+    """A, B, A: the second A is said once only, and is what the fact is already; nothing waits for it."""
+    rome = claim("Ann", "Rome")
+    old = facts_of(rome)
+    first = resolve([claim("Ann", "Oslo")], old, policy_of(**TWICE))
+    assert [(one.key, one.reason, one.object) for one in first.pending] == [(ANN, "confirm", "o:Oslo")]
+    assert resolve([rome], first.facts, policy_of(**TWICE)) == Resolution(old, (), ())
+    withdrawn = facts_of(rome, status="withdrawn")
+    assert waiting(resolve([rome], withdrawn, policy_of(**TWICE))) == (ANN,)
+
+
+WEEK = {"confirm": {"flip_flop": "7d"}}
+
+
+def test_a_change_back_waits_until_the_window_has_passed() -> None:
+    """The objects that the key had within the window are in the context; another object is a change like any."""
+    old, recent = facts_of(claim("Ann", "Oslo")), Context(recent={ANN: frozenset({"o:Rome"})})
+    back = resolve([claim("Ann", "Rome")], old, policy_of(**WEEK), recent)
+    assert (back.facts, [(one.reason, one.object) for one in back.pending]) == (old, [("flip-flop", "o:Rome")])
+    assert back.pending[0].detail == (
+        "Rome was its object within the last 7 days, it is Oslo now: a change back waits as long"
+    )
+    assert objects(resolve([claim("Ann", "Rome")], old, policy_of(**WEEK))) == {ANN: "Rome"}
+    assert objects(resolve([claim("Ann", "Bonn")], old, policy_of(**WEEK), recent)) == {ANN: "Bonn"}
+    assert resolve([claim("Ann", "Oslo")], old, policy_of(**WEEK), recent).pending == ()
+
+
+def test_what_left_and_comes_back_within_the_window_waits_too() -> None:
+    """A, nothing, A: without a fact in between."""
+    back = resolve([claim("Ann", "Rome")], {}, policy_of(**WEEK), Context(recent={ANN: frozenset({"o:Rome"})}))
+    assert (back.facts, waiting(back)) == ({}, (ANN,))
+    assert "it has none now" in back.pending[0].detail
+
+
+def test_a_ruling_ends_the_wait() -> None:
+    """Of a flip-flop and of a confirmation: a person has looked."""
+    old = facts_of(claim("Ann", "Oslo"))
+    context = Context(rulings={ANN: Ruling("o:Rome")}, recent={ANN: frozenset({"o:Rome"})})
+    policy = policy_of(confirm={"fetches": 2, "flip_flop": "7d"})
+    resolution = resolve([claim("Ann", "Rome")], old, policy, context)
+    assert (objects(resolution), resolution.pending) == ({ANN: "Rome"}, ())
+
+
+# Rulings and preferences -------------------------------------------------------------------------------------------
+
+
+def ruled(*said: Claim, overruled: Iterable[str] = (), reason: str = "", **changes: Any) -> Resolution:
+    """What claims about Ann come to where a person has chosen Rome."""
+    ruling = Ruling("o:Rome", frozenset(overruled), reason)
+    return resolve(said, {}, policy_of(**changes), Context(rulings={ANN: ruling}))
+
+
+def test_a_ruling_decides_a_conflict_it_was_made_on() -> None:
+    """Whichever row comes first, and says so in the fact's rule."""
+    said = [claim("Ann", "Oslo"), claim("Ann", "Rome", origin="line 2")]
+    for reason, rule in [("the mayor called", "ruling: the mayor called"), ("", "ruling")]:
+        resolution = ruled(*said, overruled=["o:Oslo"], reason=reason)
+        assert (resolution.facts[ANN].object.label, resolution.facts[ANN].rule) == ("Rome", rule)
+        assert resolution.conflicts == ()
+
+
+def test_a_ruling_goes_before_precedence() -> None:
+    """A later source's claim is chosen over the first one's."""
+    said = [claim("Ann", "Oslo"), claim("Ann", "Rome", source="beta")]
+    assert objects(ruled(*said, overruled=["o:Oslo"], **THREE)) == {ANN: "Rome"}
+
+
+def test_an_object_that_the_ruling_knew_nothing_of_is_a_conflict_again() -> None:
+    """Nobody chose between it and the ruled one; the key keeps what it had."""
+    said = [claim("Ann", name, origin=f"line {line}") for line, name in enumerate(("Rome", "Oslo", "Bonn"))]
+    resolution = ruled(*said, overruled=["o:Oslo"])
+    assert (resolution.facts, kinds(resolution)) == ({}, {ANN: "rows"})
+    assert len(resolution.conflicts[0].claims) == 3
+
+
+def test_a_ruling_that_no_claim_names_any_more_has_no_effect() -> None:
+    """Nor one whose claims have ended at the source, or are deprecated there."""
+    oslo = claim("Ann", "Oslo", start="2024")
+    ended, wrong = claim("Ann", "Rome", start="2020", end="2024"), claim("Ann", "Rome", rank="deprecated")
+    for said in ([oslo], [oslo, ended], [oslo, wrong]):
+        resolution = ruled(*said)
+        assert (objects(resolution), resolution.conflicts) == ({ANN: "Oslo"}, ())
+
+
+def test_a_preferred_source_decides_alone() -> None:
+    """Against order, newest and quorum; the next preferred one where it is silent, the others where all are."""
+    first = [claim("Ann", "Oslo", start="2024"), claim("Ann", "Oslo", source="gamma", start="2024")]
+    beta, old = claim("Ann", "Rome", source="beta"), claim("Ann", "Bonn", source="beta", rank="deprecated")
+    for precedence in ("order", "newest", "quorum(2)"):
+        policy = policy_of(precedence=precedence, relation={"prefer": ["beta"]}, **THREE)
+        assert objects(resolve([*first, beta], {}, policy)) == {ANN: "Rome"}
+        assert objects(resolve([*first, old], {}, policy)) == {ANN: "Oslo"}
+    both = policy_of(relation={"prefer": ["gamma", "beta"]}, **THREE)
+    assert objects(resolve([*first, beta], {}, both)) == {ANN: "Oslo"}
+    assert objects(resolve([first[0], beta], {}, both)) == {ANN: "Rome"}
+
+
+# The rule of a fact ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "changes", "rule"),
+    [
+        ([{}], {}, "the only claim"),
+        ([{}, {"origin": "line 2"}], {}, "the only claim"),
+        ([{"source": "gamma"}], {}, "the only claim"),
+        ([{}, {"source": "beta", "to": "Oslo"}], {}, "first of alpha, beta"),
+        ([{"start": "2021"}, {"to": "Oslo", "start": "2020"}], {}, "latest start"),
+        ([{}, {"to": "Oslo", "end": "2020"}], {}, "no end"),
+        ([{"rank": "preferred"}, {"to": "Oslo"}], {}, "preferred rank"),
+        ([{}, {"to": "Oslo", "rank": "deprecated"}], {}, "not deprecated"),
+        (
+            [
+                {"rank": "preferred", "start": "2021"},
+                {"to": "Oslo", "rank": "preferred"},
+                {"to": "Bonn"},
+                {"source": "beta"},
+            ],
+            {},
+            "first of alpha, beta, preferred rank, latest start",
+        ),
+        ([{"start": "2025", "source": "beta"}, {"to": "Oslo"}], {"precedence": "newest"}, "newest: 2025 (beta)"),
+        ([{}, {"source": "beta"}], {"precedence": "newest"}, "agreed by alpha, beta"),
+        ([{}], {"precedence": "newest"}, "the only claim"),
+        ([{}, {"to": "Oslo", "source": "beta"}, {"source": "gamma"}], {"precedence": "quorum(2)"}, "quorum 2 of 3"),
+        ([{}], {"precedence": "quorum(1)"}, "the only claim"),
+        ([{"start": "2021"}, {"to": "Oslo"}], {"precedence": "quorum(1)"}, "latest start"),
+        ([{"source": "beta"}, {"to": "Oslo"}], {"relation": {"prefer": ["beta"]}}, "preferred source beta"),
+        ([{"source": "beta"}], {"relation": {"prefer": ["beta"]}}, "the only claim"),
+    ],
+)  # fmt: skip
+def test_a_fact_says_why_its_claim_was_chosen(said: list[dict[str, str]], changes: dict[str, Any], rule: str) -> None:
+    """In words, in the order in which the rules narrowed the claims down."""
+    told = [claim("Ann", one.pop("to", "Rome"), **one) for one in map(dict, said)]
+    resolution = resolve(told, {}, policy_of(**THREE, **changes))
+    assert [(fact.object.label, fact.rule) for fact in resolution.facts.values()] == [("Rome", rule)]
+
+
+def test_a_fact_names_its_claim() -> None:
+    """By its row in the ledger; so does the inverse, whose rule says what it would have collided with."""
+    facts = resolve([claim("Ann", "Rome", id=7)], {}, turned()).facts
+    assert [(fact.claim, fact.rule) for fact in facts.values()] == [
+        (7, "the only claim"),
+        (7, "the only subject of Rome"),
+    ]
+
+
+# The template of a subject -----------------------------------------------------------------------------------------
+
+STATES = {"relation": {"subject": "{subject} ({state})"}}
+
+
+def test_a_template_tells_subjects_apart_that_are_written_alike() -> None:
+    """With the claims' qualifiers; a claim without them is written plainly."""
+    ohio = written(claim("Ann", "Rome", qualifiers=(("state", "Ohio"),)), "Springfield")
+    utah = written(claim("Bob", "Oslo", qualifiers=(("state", "Utah"),)), "Springfield")
+    assert set(kinds(resolve([ohio, utah], {}, policy_of())).values()) == {"prompt"}
+    resolution = resolve([ohio, utah], {}, policy_of(**STATES))
+    assert [fact.subject.label for fact in resolution.facts.values()] == ["Springfield (Ohio)", "Springfield (Utah)"]
+    assert resolve([ohio, utah], resolution.facts, policy_of(**STATES)).facts == resolution.facts
+    plain = resolve([replace(ohio, qualifiers=()), utah], {}, policy_of(**STATES))
+    assert [fact.subject.label for fact in plain.facts.values()] == ["Springfield", "Springfield (Utah)"]
+
+
+def test_braces_in_a_qualifier_are_no_template() -> None:
+    """Labels are data."""
+    said = claim("Ann", "Rome", qualifiers=(("state", "{subject}"),))
+    assert resolve([said], {}, policy_of(**STATES)).facts[ANN].subject.label == "Ann ({subject})"
+
+
+def test_the_inverse_of_a_subject_is_written_as_the_fact() -> None:
+    """The model is taught one way to write a thing."""
+    said = claim("Ann", "Rome", qualifiers=(("state", "Ohio"),))
+    policy = policy_of(
+        relation=STATES["relation"] | {"inverse": {"relation": "holder", "prompt": "In {subject} lives"}}
+    )
+    resolution = resolve([said], {}, policy)
+    assert resolution.facts[ROME].object.label == "Ann (Ohio)"
 
 
 # Retraction and history --------------------------------------------------------------------------------------------
@@ -485,7 +685,7 @@ def test_any_claims_over_any_history_satisfy_eqn_5(policy: Policy, past: list[li
         assert not contradictions(requests_of(facts, policy))
         blocked = {conflict.key for conflict in resolution.conflicts}
         assert len(blocked) == len(resolution.conflicts)
-        for key in blocked | set(resolution.pending):
+        for key in blocked | set(waiting(resolution)):
             kept, old = facts.get(key), previous.get(key)
             assert kept == old or (kept is None and old is not None and gave_way(old, facts, policy))
         again = resolve(said, facts, policy)
