@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kbsync.catalog import load_catalog
-from kbsync.cli import read
+from kbsync.cli import history, read, versions
 from kbsync.cli.common import MEASURED, bars, console, say, share, table, user
 from kbsync.cli.write import say_report
 from kbsync.commands import perform
@@ -201,11 +201,11 @@ class Demo:
             f"kbsync changes --since 1, kbsync log, kbsync history {star}",
         )
         with self._timed("reading"):
-            read.changes(since="1", root=self.root)
+            history.changes(since="1", root=self.root)
             say()
-            read.log(root=self.root)
+            versions.log(root=self.root)
             say()
-            read.history(star, root=self.root)
+            history.history(star, root=self.root)
 
     def _contradict(self) -> None:
         """One more row about a star that is in the feed already, with another constellation."""

@@ -1,0 +1,123 @@
+"""The versions of the model: `log`, `show`, `diff`. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from kbsync.cli.common import MEASURED, AsJson, Root, emit, probe_line, say, share, table
+from kbsync.cli.read import reading, required_model, short
+
+if TYPE_CHECKING:
+    from kbsync.facts import Applied, FactKey
+    from kbsync.ledger import VersionRow
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command()
+def log(root: Root = Path(), as_json: AsJson = False) -> None:
+    """List the versions of the model, newest first, and which one is live."""
+    with reading(root) as (workspace, db):
+        model = required_model(workspace, db)
+        found = sorted(db.versions(model.id), key=lambda version: -version.number)
+        holding = {version.number: len(db.applied(model.id, version.number)) for version in found}
+    if as_json:
+        return emit([_version_json(version, holding[version.number], model.head) for version in found])
+    table(
+        f"versions of {model.id}",
+        ("", "version", "on", "facts", "new", "made", "weights", "effic.", "para.", "spec. drop", "drift", "reason"),
+        (
+            (
+                "live" if version.number == model.head else "",
+                version.number,
+                version.parent,
+                holding[version.number],
+                version.facts,
+                f"{version.created_at:%m-%d %H:%M}",
+                (version.weights_sha256 or "")[:8],
+                *(share((version.probe or {}).get(name)) for name in MEASURED),
+                version.reason,
+            )
+            for version in found
+        ),
+    )
+    return None
+
+
+def _version_json(version: VersionRow, holding: int, head: int) -> dict[str, Any]:
+    probe = {name: value for name, value in (version.probe or {}).items() if name != "facts"}
+    return asdict(version) | {"probe": probe, "holds": holding, "live": version.number == head}
+
+
+@app.command()
+def show(
+    version: Annotated[int, typer.Argument(help="Its number.", min=0)], root: Root = Path(), as_json: AsJson = False
+) -> None:
+    """Show one version: what it put in, what its probe measured, its files."""
+    with reading(root) as (workspace, db):
+        model = required_model(workspace, db)
+        row, held = db.version(model.id, version), db.applied(model.id, version)
+        before = db.applied(model.id, row.parent) if row.parent is not None else {}
+        active = [entry.model_dump(by_alias=True) for entry in db.active(model.id, version)]
+    difference = _difference(before, held)
+    if as_json:
+        return emit(asdict(row) | {"active": active, "changes": difference, "holds": len(held)})
+    say(f"[bold]version {row.number}[/] of {escape(model.id)}: {row.kind} on {row.parent}, {short(row.created_at)}")
+    say(f"  {escape(row.reason)}  by {escape(row.user)}  run {row.run_id}")
+    say(f"  weights {row.weights_sha256}")
+    say(f"  {probe_line(row.probe)}")
+    for entry in active:
+        say(f"  delta {entry['delta'][:12]}" + (f" without columns {entry['except']}" if entry["except"] else ""))
+    _say_difference(f"against version {row.parent}", difference)
+    return None
+
+
+@app.command()
+def diff(
+    one: Annotated[int, typer.Argument(metavar="V1", min=0, help="From this version")],
+    other: Annotated[int, typer.Argument(metavar="V2", min=0, help="to this one.")],
+    root: Root = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Show in which facts two versions differ."""
+    with reading(root) as (workspace, db):
+        model = required_model(workspace, db)
+        for number in (one, other):
+            db.version(model.id, number)
+        difference = _difference(db.applied(model.id, one), db.applied(model.id, other))
+    if as_json:
+        return emit(difference)
+    _say_difference(f"version {one} -> {other}", difference)
+    return None
+
+
+def _difference(before: Mapping[FactKey, Applied], after: Mapping[FactKey, Applied]) -> list[dict[str, Any]]:
+    """Facts that only one of two versions holds, or that they hold differently."""
+    found = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if (old.request.digest if old else None) != (new.request.digest if new else None):
+            request = (new or old).request  # type: ignore[union-attr]  # one of them has the key
+            found.append(
+                {
+                    "relation": key.relation,
+                    "subject_id": key.subject,
+                    "subject": request.subject,
+                    "before": old.request.target if old else None,
+                    "after": new.request.target if new else None,
+                }
+            )
+    return found
+
+
+def _say_difference(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = ("relation", "subject", "before", "after")
+    table(title, columns, ([row[column] for column in columns] for row in rows))
