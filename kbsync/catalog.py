@@ -167,10 +167,13 @@ def _check_sources(policy: Policy, document: Document, sources: Mapping[str, Sou
         if (relation := sources[name].relation) not in policy.relations:
             problem = f"source {name} gives the relation {relation}, which this policy does not have"
             raise document.error(at, problem, hint=f"add it under relations, or take {name} out of sources")
-    for relation in policy.relations:
-        _check_joined(
-            relation, policy, [s for name in policy.sources if (s := sources[name]).relation == relation], document
-        )
+    for relation, words in policy.relations.items():
+        feeding = [source for name in policy.sources if (source := sources[name]).relation == relation]
+        _check_joined(relation, policy, feeding, document)
+        for index, name in enumerate(words.prefer):
+            if name not in (known := [source.source for source in feeding]):
+                at = ("relations", relation, "prefer", index)
+                raise document.error(at, f"no source {name} of this policy gives {relation}", hint=nearest(name, known))
 
 
 def _check_joined(relation: str, policy: Policy, sources: list[Source], document: Document) -> None:

@@ -16,7 +16,7 @@ from kbsync.facts import Change, Snapshot
 from kbsync.ledger.writer import Writer
 from kbsync.plan import check_guard
 from kbsync.policy import Policy
-from kbsync.resolve import Context, resolve
+from kbsync.resolve import resolve
 
 __all__ = ["Intake", "take_in"]
 
@@ -42,7 +42,8 @@ def take_in(db: Writer, policy: Policy, run: int, snapshots: Sequence[Snapshot])
             counts[name] += getattr(recorded, name)
     relations = tuple(policy.wording())
     claims = db.claims(tuple(policy.relations))
-    resolution = resolve(claims, db.facts(relations), policy, Context(now=db.now))
+    resolution = resolve(claims, db.facts(relations), policy, db.decision_context(policy))
+    db.set_waiting(run, resolution.pending, relations)
     changes = db.apply(run, resolution.facts, resolution.conflicts, relations)
     counts |= {
         "changes": len(changes),

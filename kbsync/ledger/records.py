@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from kbsync.facts import Applied, Conflict, Fact, Hold, Provenance, QuarantinedRow
+from kbsync.facts import Applied, Conflict, Fact, FactKey, Hold, Provenance, QuarantinedRow, Ruling, Waiting
 from kbsync.versions.manifest import ActiveDelta, VersionKind
 
 __all__ = [
@@ -21,16 +21,20 @@ __all__ = [
     "HeadMove",
     "HoldRow",
     "ModelRow",
+    "PlanRow",
     "ProbeRow",
     "PublishedVersion",
     "QuarantineRow",
     "RecordCounts",
+    "RulingRow",
     "RunRow",
     "RunStatus",
     "ScheduleState",
     "SourceState",
     "StagedPlan",
+    "VerdictRow",
     "VersionRow",
+    "WaitingRow",
 ]
 
 RunStatus = Literal["running", "done", "failed", "held", "rejected", "superseded", "cancelled", "postponed"]
@@ -98,6 +102,55 @@ class ConflictRow:
     opened_at: datetime
     closed_run_id: int | None
     closed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingRow:
+    """A key that waits, or waited until `until`."""
+
+    id: int
+    waiting: Waiting
+    since: datetime
+    until: datetime | None
+    run_id: int
+    until_run_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RulingRow:
+    """A person's choice for a key, in force while `until` is None."""
+
+    id: int
+    key: FactKey
+    ruling: Ruling
+    user: str
+    since: datetime
+    until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictRow:
+    """What a person said of one row of a held plan."""
+
+    run_id: int
+    key: FactKey
+    approved: bool
+    user: str
+    reason: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRow:
+    """A plan that a run carried out, as its document."""
+
+    id: int
+    run_id: int
+    model: str
+    head: int
+    digest: str
+    document: Mapping[str, Any]
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,13 +166,14 @@ class Waiting(LedgerTable, table=True):
 
 
 class Ruling(LedgerTable, table=True):
-    """A person's choice between claims: while it is in force, the key's object is this one if any claim says so."""
+    """A person's choice of an object over those `overruled`; it decides while a claim names it and none a third one."""
 
     __table_args__ = (live_index("ruling_one_per_key", "until", "relation", "subject_id"), LedgerTable.__table_args__)
     id: int | None = key()
     relation: str = text()
     subject_id: str = text()
     object_id: str = text()
+    overruled: Any = json_value()
     who: str = text()
     reason: str = text()
     since: datetime = time()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import and_, insert, update
@@ -11,6 +10,7 @@ from sqlalchemy import and_, insert, update
 from kbsync.errors import LedgerError
 from kbsync.facts import Applied, FactKey, Hold
 from kbsync.ledger import schema
+from kbsync.ledger.audit import Auditor
 from kbsync.ledger.codec import applied_to_json
 from kbsync.ledger.database import bulk_insert, upsert
 from kbsync.ledger.read_versions import RETIRE, VersionReader
@@ -19,10 +19,8 @@ from kbsync.ledger.records import PublishedVersion
 __all__ = ["VersionWriter"]
 
 
-class VersionWriter(VersionReader):
+class VersionWriter(VersionReader, Auditor):
     """What a Writer may write about models. `model` is always the model's id."""
-
-    now: datetime
 
     def register_model(self, model_id: str, *, name: str, fingerprint: str, path: str) -> None:
         """Let a model follow the ledger, its pristine base as version 0. A model that does already only gets its name
@@ -197,11 +195,6 @@ class VersionWriter(VersionReader):
         """A probe report; `version` None: of an edit that became no version."""
         values = {"model": model, "version": version, "run_id": run_id, "report": dict(report)}
         self._connection.execute(insert(schema.probe_result).values(**values, measured_at=self.now))
-
-    def audit(self, user: str, action: str, detail: Mapping[str, Any], *, run_id: int | None = None) -> None:
-        """Who did what, now, for good."""
-        values = {"at": self.now, "who": user, "action": action, "run_id": run_id, "detail": dict(detail)}
-        self._connection.execute(insert(schema.audit).values(values))
 
 
 _DELTA_FACT = schema.delta_fact.c

@@ -62,6 +62,7 @@ def _decisions() -> None:
         sa.Column("relation", sa.Text(), nullable=False),
         sa.Column("subject_id", sa.Text(), nullable=False),
         sa.Column("object_id", sa.Text(), nullable=False),
+        sa.Column("overruled", Json(), nullable=False),
         sa.Column("who", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("since", UtcTime(), nullable=False),

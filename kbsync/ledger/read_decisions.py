@@ -1,0 +1,98 @@
+"""What was decided and by whom: keys that wait, rulings, verdicts on the rows of held plans, plans as carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, select, tuple_
+
+from kbsync.facts import FactKey, Ruling, Waiting
+from kbsync.ledger import schema
+from kbsync.ledger.database import Session
+from kbsync.ledger.records import PlanRow, RulingRow, VerdictRow, WaitingRow
+
+__all__ = ["DecisionReader"]
+
+_AT_ONCE = 400
+"""Keys in one query: two bind variables each, and old builds of SQLite take 999."""
+
+
+class DecisionReader(Session):
+    """Questions about decisions."""
+
+    def waiting(self, relations: Collection[str] | None = None, *, open_only: bool = True) -> list[WaitingRow]:
+        """Keys whose claims do not count yet, oldest first."""
+        table = schema.waiting
+        query = select(table).order_by(table.c.id)
+        if relations is not None:
+            query = query.where(table.c.relation.in_(relations))
+        if open_only:
+            query = query.where(table.c.until.is_(None))
+        return [_waiting_row(row) for row in self._connection.execute(query)]
+
+    def rulings(self, relations: Collection[str] | None = None, *, open_only: bool = True) -> list[RulingRow]:
+        """People's choices, oldest first."""
+        table = schema.ruling
+        query = select(table).order_by(table.c.id)
+        if relations is not None:
+            query = query.where(table.c.relation.in_(relations))
+        if open_only:
+            query = query.where(table.c.until.is_(None))
+        return [_ruling_row(row) for row in self._connection.execute(query)]
+
+    def recent_objects(
+        self, relations: Collection[str], since: datetime, keys: Collection[FactKey] | None = None
+    ) -> dict[FactKey, frozenset[str]]:
+        """The object ids that keys had at some time after `since` and have no more."""
+        table = schema.fact
+        query = select(table.c.relation, table.c.subject_id, table.c.object_id).where(
+            table.c.relation.in_(relations), table.c.until > since
+        )
+        found: dict[FactKey, set[str]] = {}
+        for which in _pages(table, keys):
+            for relation, subject, object_ in self._connection.execute(query.where(*which)):
+                found.setdefault(FactKey(relation, subject), set()).add(object_)
+        return {key: frozenset(objects) for key, objects in found.items()}
+
+    def verdicts(self, run_id: int) -> dict[FactKey, VerdictRow]:
+        """What people said of single rows of a held plan."""
+        table = schema.verdict
+        query = select(table).where(table.c.run_id == run_id).order_by(table.c.relation, table.c.subject_id)
+        rows = (_verdict_row(row) for row in self._connection.execute(query))
+        return {row.key: row for row in rows}
+
+    def plans(self, run_id: int | None = None, *, limit: int | None = None) -> list[PlanRow]:
+        """Plans that were carried out, newest first: of one run, or all."""
+        table = schema.plan
+        query = select(table).order_by(table.c.id.desc()).limit(limit)
+        if run_id is not None:
+            query = query.where(table.c.run_id == run_id)
+        return [PlanRow(*row) for row in self._connection.execute(query)]
+
+
+def _pages(table: Any, keys: Collection[FactKey] | None) -> list[list[ColumnElement[bool]]]:
+    """WHERE clauses that together cover the keys; one without a condition for all keys."""
+    if keys is None:
+        return [[]]
+    listed = sorted(keys)
+    pairs = tuple_(table.c.relation, table.c.subject_id)
+    return [[pairs.in_(listed[start : start + _AT_ONCE])] for start in range(0, len(listed), _AT_ONCE)]
+
+
+def _waiting_row(row: Sequence[Any]) -> WaitingRow:
+    id_, relation, subject, object_id, reason, detail, since, until, since_run, until_run = row
+    waiting = Waiting(FactKey(relation, subject), reason, object_id, detail)
+    return WaitingRow(id_, waiting, since, until, since_run, until_run)
+
+
+def _ruling_row(row: Sequence[Any]) -> RulingRow:
+    id_, relation, subject, object_id, overruled, who, reason, since, until = row
+    ruling = Ruling(object_id, frozenset(overruled), reason)
+    return RulingRow(id_, FactKey(relation, subject), ruling, who, since, until)
+
+
+def _verdict_row(row: Sequence[Any]) -> VerdictRow:
+    run_id, relation, subject, approved, who, reason, at = row
+    return VerdictRow(run_id, FactKey(relation, subject), approved, who, reason, at)
