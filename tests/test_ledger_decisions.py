@@ -57,6 +57,18 @@ def test_keys_that_were_not_decided_go_on_waiting(tmp_path: Path) -> None:
             assert [row.waiting.key for row in db.waiting()] == [key("Deneb")]
 
 
+def test_keys_that_wait_or_were_ruled_on_are_decided_by_every_pass(tmp_path: Path) -> None:
+    """Also where the ruling was withdrawn, which a source says nothing of; not those of other relations."""
+    with opened(tmp_path) as ledger:
+        run = sync(ledger)
+        with ledger.write() as db:
+            db.set_waiting(run, [Waiting(key("Vega"), "confirm", None, "")], [RELATION])
+            db.rule(key("Deneb"), Ruling("feed:Lyra"), user="ada")
+            db.unrule(key("Deneb"), user="ada")
+            assert db.restless_keys([RELATION]) == {key("Vega"), key("Deneb")}
+            assert db.restless_keys(["another"]) == set()
+
+
 def test_a_ruling_replaces_the_one_before_and_can_be_withdrawn(tmp_path: Path) -> None:
     """Each with its user, reason and time; all of it is in the audit log."""
     first, second = Ruling("feed:Lyra", frozenset({"feed:Orion"}), "seen"), Ruling("feed:Orion")

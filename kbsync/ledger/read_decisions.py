@@ -42,6 +42,12 @@ class DecisionReader(Session):
             query = query.where(table.c.until.is_(None))
         return [_ruling_row(row) for row in self._connection.execute(query)]
 
+    def restless_keys(self, relations: Collection[str]) -> set[FactKey]:
+        """Keys that every pass decides again, whatever changed at their sources: those that wait, since time alone may
+        end that, and those that anybody ever ruled on."""
+        waits = {row.waiting.key for row in self.waiting(relations)}
+        return waits | {row.key for row in self.rulings(relations, open_only=False)}
+
     def recent_objects(
         self, relations: Collection[str], since: datetime, keys: Collection[FactKey] | None = None
     ) -> dict[FactKey, frozenset[str]]:
