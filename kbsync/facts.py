@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 __all__ = [
+    "Alias",
     "Applied",
     "Change",
     "ChangeKind",
@@ -23,6 +24,7 @@ __all__ = [
     "ConflictKind",
     "EditRequest",
     "Entity",
+    "Entry",
     "Fact",
     "FactKey",
     "FactStatus",
@@ -32,6 +34,7 @@ __all__ = [
     "QuarantinedRow",
     "Rank",
     "Ruling",
+    "Said",
     "Snapshot",
     "WaitReason",
     "Waiting",
@@ -129,26 +132,86 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """Another way to write an entity, as the source gives it."""
+
+    entity_id: str
+    label: str
+
+
+Said = tuple[str, str, str, str, str, str | None, str | None, tuple[tuple[str, str], ...], str]
+"""A good row, as it is stored: subject id and label, object id and label, rank, start, end, qualifiers, origin. A plain
+tuple, because a feed may have a million of them; `Snapshot.claims` makes claims of them where a person looks."""
+
+Entry = Said | QuarantinedRow | Alias
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that a source said in one fetch. `complete`: a subject that is absent is withdrawn; otherwise it means
-    nothing. `not_modified`: the source vouched (HTTP 304) that nothing changed since the validators given; then
-    `claims` and `quarantined` are empty and mean nothing. `aliases`: other ways to write an entity, by its id;
-    `redirects`: ids that the source has merged into others, old -> new."""
+    """All that a source said in one fetch. `content` gives every row each time that it is iterated, and may read them
+    anew each time: nothing keeps a large feed in memory but its body. Rows may say the same twice.
+
+    `whole`: the source and its connector speak about every subject, so that an absent one is withdrawn; see `complete`.
+    `not_modified`: the source vouched (HTTP 304) that nothing changed since the validators given; then `content` is
+    empty and means nothing. `redirects`: ids that the source has merged into others, old -> new.
+
+    `claims`, `quarantined`, `aliases`, `complete` and `rows` read all of the content.
+    """
 
     source: str
     relation: str
     provenance: Provenance
-    claims: Sequence[Claim]
-    quarantined: Sequence[QuarantinedRow] = ()
-    complete: bool = True
+    content: Iterable[Entry] = ()
+    whole: bool = True
     not_modified: bool = False
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     redirects: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The distinct good rows as claims, each with the place of the first row that says it."""
+        first: dict[tuple[object, ...], Said] = {}
+        for entry in self.content:
+            if isinstance(entry, tuple):
+                first.setdefault(entry[:-1], entry)
+        return tuple(self._claim(said) for said in first.values())
+
+    def _claim(self, said: Said) -> Claim:
+        subject_id, subject, object_id, thing, rank, start, end, qualifiers, origin = said
+        return Claim(
+            source=self.source,
+            relation=self.relation,
+            subject=Entity(subject_id, subject),
+            object=Entity(object_id, thing),
+            origin=origin,
+            rank=cast(Rank, rank),
+            start=start,
+            end=end,
+            qualifiers=qualifiers,
+        )
+
+    @property
+    def quarantined(self) -> tuple[QuarantinedRow, ...]:
+        """The rows that cannot be used."""
+        return tuple(entry for entry in self.content if isinstance(entry, QuarantinedRow))
+
+    @property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Other ways to write an entity, by its id."""
+        found: dict[str, tuple[str, ...]] = {}
+        for entry in self.content:
+            if isinstance(entry, Alias):
+                found[entry.entity_id] = (*found.get(entry.entity_id, ()), entry.label)
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether an absent subject is withdrawn: not while there is a bad row that does not name its subject."""
+        return self.whole and all(row.subject_id for row in self.quarantined)
 
     @property
     def rows(self) -> int:
         """Rows read, good and quarantined."""
-        return len(self.claims) + len(self.quarantined)
+        return sum(not isinstance(entry, Alias) for entry in self.content)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -11,7 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kbsync.facts import Applied, Claim, Conflict, EditRequest, Entity, Fact, FactKey, Provenance, Snapshot
+from kbsync.facts import (
+    Applied,
+    Claim,
+    Conflict,
+    EditRequest,
+    Entity,
+    Fact,
+    FactKey,
+    Provenance,
+    QuarantinedRow,
+    Said,
+    Snapshot,
+)
 from kbsync.ledger import Ledger, PublishedVersion
 from kbsync.versions.manifest import ActiveDelta
 
@@ -74,10 +86,24 @@ def claims(**objects: str) -> list[Claim]:
     return [claim(subject, object_, f"line {row}") for row, (subject, object_) in enumerate(objects.items(), 2)]
 
 
-def snapshot(*said: Claim, source: str = "feed", **more: Any) -> Snapshot:
+def said(claim: Claim) -> Said:
+    """The row that a claim is made of."""
+    ids = (claim.subject.id, claim.subject.label, claim.object.id, claim.object.label)
+    return (*ids, claim.rank, claim.start, claim.end, claim.qualifiers, claim.origin)
+
+
+def snapshot(
+    *claims: Claim,
+    source: str = "feed",
+    relation: str = RELATION,
+    quarantined: Iterable[QuarantinedRow] = (),
+    complete: bool = True,
+    **more: Any,
+) -> Snapshot:
     """What a source said in one fetch."""
     provenance = more.pop("provenance", None) or Provenance("feed.csv", NOON, 200, "ab" * 32, etag='"1"')
-    return Snapshot(source, RELATION, provenance, said, **more)
+    content = (*map(said, claims), *quarantined)
+    return Snapshot(source, relation, provenance, content, whole=complete, **more)
 
 
 def fact(subject: str, object_: str, **more: Any) -> Fact:

@@ -106,8 +106,16 @@ def test_a_quarantined_row_keeps_its_subject(tmp_path: Path) -> None:
         assert seen(ledger) == {"Vega": 3, "Deneb": 1}
         record(ledger, snapshot(*claims(Vega="Lyra", Deneb="Cygnus")))
         assert seen(ledger) == {"Vega": 4, "Deneb": 2}
-        record(ledger, snapshot(*claims(Vega="Lyra"), quarantined=[bad(None)]))
+        record(ledger, snapshot(*claims(Vega="Lyra"), quarantined=[bad("Altair")]))
         assert said(ledger) == {"Vega": "Lyra"}
+
+
+def test_a_bad_row_that_names_no_subject_keeps_every_subject(tmp_path: Path) -> None:
+    """It may be about any of them."""
+    with opened(tmp_path) as ledger:
+        record(ledger, snapshot(*claims(Vega="Lyra", Deneb="Cygnus")))
+        record(ledger, snapshot(*claims(Vega="Lyra"), quarantined=[bad(None)]))
+        assert said(ledger) == {"Vega": "Lyra", "Deneb": "Cygnus"}
 
 
 def test_a_good_row_ends_the_old_claim_beside_a_bad_row(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -22,13 +21,13 @@ from kbsync.facts import (
     FactKey,
     Hold,
     HoldReason,
-    Provenance,
     QuarantinedRow,
     Snapshot,
 )
 from kbsync.plan import HeldChange, Plan, PlannedEdit, Retraction, check_edits, check_guard, make_plan
 from kbsync.policy import Guard, Policy, render
 from kbsync.resolve import resolve
+from tests import ledgers
 from tests.worlds import (
     LABELS,
     SOURCES,
@@ -315,8 +314,7 @@ def rows(numbers: range, *, place: str = "Rome") -> list[Claim]:
 
 
 def snapshot(said: Sequence[Claim], **more: Any) -> Snapshot:
-    seen = Provenance("feed.csv", datetime(2026, 1, 1, tzinfo=UTC), 200, "b" * 64)
-    return Snapshot("alpha", "place", seen, said, **more)
+    return ledgers.snapshot(*said, source="alpha", relation="place", **more)
 
 
 def alarms(before: Sequence[Claim], after: Snapshot, *, first: bool = False, **limits: Any) -> list[str]:

@@ -34,7 +34,7 @@ def row(**fields: Any) -> Row:
 
 
 def read(*rows: Row, **keys: Any) -> Snapshot:
-    return snapshot_of(source(**keys), rows, PROVENANCE)
+    return snapshot_of(source(**keys), lambda: rows, PROVENANCE)
 
 
 def test_a_good_row_is_a_claim() -> None:

@@ -134,22 +134,30 @@ class CsvConnector:
             reply = self._ask(previous)
             provenance = self._reply_provenance(reply, previous)
             if reply.status == 304:
-                return Snapshot(self._source.source, self._source.relation, provenance, (), not_modified=True)
+                return Snapshot(self._source.source, self._source.relation, provenance, not_modified=True)
             body = reply.body
         else:
             path, body = self._read()
             provenance = self._provenance(str(path), hashlib.sha256(body).hexdigest())
         try:
-            return snapshot_of(self._source, self._rows(body), provenance)
+            table = self._table(body)
         except BadTable as error:
             hint = "nothing was changed; correct the feed and run `kbsync sync`"
             raise SourceInvalid(self._source.source, f"{self._options.location}: {error}", hint=hint) from error
+        return snapshot_of(self._source, lambda: self._rows(table), provenance)
 
-    def _rows(self, body: bytes) -> Iterator[Row]:
+    def _table(self, body: bytes) -> Table:
+        """The table that the body is, read once to its end. Raises BadTable where it is none."""
+        options = self._options
+        table = Table(decode(body), cells=(*options.cells().values(), *options.where), delimiter=options.delimiter)
+        for _ in table.records():
+            pass
+        return table
+
+    def _rows(self, table: Table) -> Iterator[Row]:
         """The rows that `where` lets through, and those that are no rows of the table, with their lines."""
         options = self._options
         cells = options.cells()
-        table = Table(decode(body), cells=(*cells.values(), *options.where), delimiter=options.delimiter)
         fields = {field: table.reader(cell) for field, cell in cells.items()}
         wanted = [(table.reader(column), value.strip()) for column, value in options.where.items()]
         space = options.object_ids or self._source.source

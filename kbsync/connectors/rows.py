@@ -1,17 +1,16 @@
 """From the rows that a connector reads to a snapshot: one set of rules for every kind of source.
 
 A good row becomes a claim; a bad one goes to quarantine with its place and reason, and its subject still counts as
-present where its id can be read. Equal rows are one claim.
+present where its id can be read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from kbsync.connectors.text import clean, clean_date, clean_label, label_key, printable
-from kbsync.facts import Claim, Entity, Provenance, QuarantinedRow, Rank, Snapshot
+from kbsync.facts import Alias, Entry, Provenance, QuarantinedRow, Said, Snapshot
 from kbsync.policy import Source
 
 __all__ = ["UNKNOWN", "Row", "snapshot_of"]
@@ -48,42 +47,49 @@ class Row:
 
 def snapshot_of(
     source: Source,
-    rows: Iterable[Row],
+    rows: Callable[[], Iterable[Row]],
     provenance: Provenance,
     *,
     complete: bool = True,
     redirects: Mapping[str, str] | None = None,
 ) -> Snapshot:
-    """All rows of one fetch as a snapshot. It is complete only where the source file says so, the connector does not
-    say otherwise (`complete`), and every bad row names its subject: otherwise the subject of the unreadable row would
-    seem to be gone. `redirects`: whole ids that the source has merged into others."""
-    claims: dict[tuple[object, ...], Claim] = {}
-    quarantined: list[QuarantinedRow] = []
-    aliases: dict[str, tuple[str, ...]] = {}
-    for row in rows:
-        subject_id = None
-        try:
-            subject_id = _subject_id(source, row)
-            claim = _claim(source, row, subject_id)
-        except ValueError as error:
-            reason = str(error) if subject_id else f"{error}; nothing is withdrawn while a row names no subject"
-            quarantined.append(QuarantinedRow(row.origin, reason, printable(" | ".join(row.raw)), subject_id))
-        else:
-            claims.setdefault(
-                (claim.subject, claim.object, claim.rank, claim.start, claim.end, claim.qualifiers), claim
-            )
-            if row.aliases:
-                aliases[claim.subject.id] = tuple(clean_label(alias, "an alias") for alias in row.aliases)
+    """All rows of one fetch as a snapshot. `rows` is called each time that they are to be read, and reads them one by
+    one from what was fetched: what spoils the answer as a whole must have been found before. `complete`: whether the
+    answer speaks about every subject (and the source file says so, too). `redirects`: whole ids that the source has
+    merged into others."""
     return Snapshot(
         source=source.source,
         relation=source.relation,
         provenance=provenance,
-        claims=tuple(claims.values()),
-        quarantined=tuple(quarantined),
-        complete=complete and source.snapshot == "complete" and all(row.subject_id for row in quarantined),
-        aliases=aliases,
+        content=_Content(source, rows),
+        whole=complete and source.snapshot == "complete",
         redirects=dict(redirects or {}),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """The rows of a fetch, checked and cleaned as they are read."""
+
+    source: Source
+    rows: Callable[[], Iterable[Row]]
+
+    def __iter__(self) -> Iterator[Entry]:
+        source = self.source
+        for row in self.rows():
+            subject_id = None
+            try:
+                subject_id = _subject_id(source, row)
+                yield _said(source, row, subject_id)
+                for alias in row.aliases:
+                    yield Alias(subject_id, clean_label(alias, "an alias"))
+            except ValueError as error:
+                yield _quarantined(row, subject_id, error)
+
+
+def _quarantined(row: Row, subject_id: str | None, error: ValueError) -> QuarantinedRow:
+    reason = str(error) if subject_id else f"{error}; nothing is withdrawn while a row names no subject"
+    return QuarantinedRow(row.origin, reason, printable(" | ".join(row.raw)), subject_id)
 
 
 def _subject_id(source: Source, row: Row) -> str:
@@ -103,30 +109,25 @@ def _object_id(source: Source, row: Row, label: str) -> str:
     return clean(row.object_id, "the id of the object") if row.object_id else f"{row.object_space}:{label}"
 
 
-def _claim(source: Source, row: Row, subject_id: str) -> Claim:
-    """The claim of a good row. Raises ValueError for what is wrong with a bad one."""
+def _said(source: Source, row: Row, subject_id: str) -> Said:
+    """What a good row says. Raises ValueError for what is wrong with a bad one."""
     if row.problem:
         raise ValueError(row.problem)
-    subject = Entity(subject_id, clean_label(row.subject, "the label of the subject"))
+    subject = clean_label(row.subject, "the label of the subject")
     label = clean_label(row.object, "the label of the object")
-    thing = Entity(_object_id(source, row, label), label)
-    if subject.id == thing.id or (not row.object_id and label_key(subject.label) == label_key(label)):
+    object_id = _object_id(source, row, label)
+    if subject_id == object_id or (not row.object_id and label_key(subject) == label_key(label)):
         raise ValueError(f"the object is the subject itself: {label}")
     rank = row.rank or "normal"
     if rank not in _RANKS:
         raise ValueError(f"the rank is {printable(rank, 60)}, not one of {', '.join(_RANKS)}")
-    return Claim(
-        source=source.source,
-        relation=source.relation,
-        subject=subject,
-        object=thing,
-        origin=row.origin,
-        rank=cast(Rank, rank),
-        start=clean_date(row.start, "the start") if row.start else None,
-        end=_end(row.end),
-        qualifiers=tuple(
-            (name, clean_label(value, f"the {name} of the subject")) for name, value in sorted(row.qualifiers.items())
-        ),
+    start = clean_date(row.start, "the start") if row.start else None
+    return subject_id, subject, object_id, label, rank, start, _end(row.end), _qualifiers(row), row.origin
+
+
+def _qualifiers(row: Row) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (name, clean_label(value, f"the {name} of the subject")) for name, value in sorted(row.qualifiers.items())
     )
 
 

@@ -154,7 +154,7 @@ class SparqlConnector:
             body_sha256=sha256,
             declaration=self._declaration,
         )
-        return snapshot_of(self._source, self._rows(rows), provenance)
+        return snapshot_of(self._source, lambda: self._rows(rows), provenance)
 
     def _rows(self, rows: Sequence[dict[str, Term]]) -> Iterator[Row]:
         for terms in rows:

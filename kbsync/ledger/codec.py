@@ -3,6 +3,7 @@ hand-edited row is refused rather than half understood."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from kbsync.errors import LedgerError
-from kbsync.facts import Applied, Claim, Snapshot, digest_of
+from kbsync.facts import Applied, Claim, Entry, Said, Snapshot, digest_of
 
 __all__ = [
     "applied_from_json",
@@ -23,24 +24,48 @@ __all__ = [
 ]
 
 _SNAPSHOT = TypeAdapter(Snapshot)
+_CONTENT = TypeAdapter(tuple[Entry, ...])
 _CLAIMS = TypeAdapter(tuple[Claim, ...])
 _APPLIED = TypeAdapter(Applied)
 
 
 def snapshot_to_text(snapshot: Snapshot) -> str:
-    """A staged snapshot as JSON text."""
-    return _SNAPSHOT.dump_json(snapshot).decode()
+    """A staged snapshot as JSON text, with all of its content."""
+    value = _SNAPSHOT.dump_python(snapshot, mode="json", exclude={"content"})
+    return json.dumps(value | {"content": _CONTENT.dump_python(tuple(snapshot.content), mode="json")})
 
 
 def snapshot_from_text(text: str) -> Snapshot:
     """The inverse of `snapshot_to_text`. Raises LedgerError where the text is no snapshot."""
     try:
-        snapshot = _SNAPSHOT.validate_json(text)
-    except ValidationError as error:
-        raise LedgerError(
-            f"a staged snapshot is damaged: {error.error_count()} wrong values", hint="reject it"
-        ) from error
-    return replace(snapshot, claims=tuple(snapshot.claims), quarantined=tuple(snapshot.quarantined))
+        value = _modern(json.loads(text))
+        content = _CONTENT.validate_python(value.pop("content"))
+        return replace(_SNAPSHOT.validate_python(value), content=content)
+    except (ValidationError, ValueError, KeyError) as error:
+        raise LedgerError("a staged snapshot is damaged", hint="kbsync reject it, then kbsync sync") from error
+
+
+def _modern(value: dict[str, Any]) -> dict[str, Any]:
+    """A snapshot as schema 0001 kept it had claims and quarantined rows apart, and `complete` worked out."""
+    if "claims" not in value:
+        return value
+    content = [*map(_said, _CLAIMS.validate_python(value.pop("claims"))), *value.pop("quarantined")]
+    return value | {"content": content, "whole": value.pop("complete")}
+
+
+def _said(claim: Claim) -> Said:
+    one, other = claim.subject, claim.object
+    return (
+        one.id,
+        one.label,
+        other.id,
+        other.label,
+        claim.rank,
+        claim.start,
+        claim.end,
+        claim.qualifiers,
+        claim.origin,
+    )
 
 
 def claims_to_json(claims: Sequence[Claim]) -> Any:

@@ -158,21 +158,10 @@ def _merge_quarantine(connection: Connection, fetch: _Fetch) -> None:
 
 
 def _stage(connection: Connection, snapshot: Snapshot) -> None:
+    said = (entry for entry in snapshot.content if isinstance(entry, tuple))
     rows = (
-        (
-            position,
-            claim.relation,
-            claim.subject.id,
-            claim.subject.label,
-            claim.object.id,
-            claim.object.label,
-            claim.rank,
-            claim.start,
-            claim.end,
-            [list(pair) for pair in claim.qualifiers] or None,
-            claim.origin,
-        )
-        for position, claim in zip(count(), snapshot.claims)
+        (position, snapshot.relation, *row[:7], [list(pair) for pair in row[7]] or None, row[8])
+        for position, row in zip(count(), said)
     )
     bulk_insert(connection, _incoming, ("position", *_CONTENT, "origin"), rows)
     analyze(connection, _incoming)
