@@ -153,7 +153,8 @@ class Snapshot:
 
     `whole`: the source and its connector speak about every subject, so that an absent one is withdrawn; see `complete`.
     `not_modified`: the source vouched (HTTP 304) that nothing changed since the validators given; then `content` is
-    empty and means nothing. `redirects`: ids that the source has merged into others, old -> new.
+    empty and means nothing. `redirects`: ids that the source has merged into others, old -> new. `covers`: of an
+    increment, which has all rows of these subjects, and vouches that no other one has changed.
 
     `claims`, `quarantined`, `aliases`, `complete` and `rows` read all of the content.
     """
@@ -165,6 +166,7 @@ class Snapshot:
     whole: bool = True
     not_modified: bool = False
     redirects: Mapping[str, str] = field(default_factory=dict)
+    covers: frozenset[str] | None = None
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ByteSize
 
-from kbsync.connectors.http import HttpOptions, Reply, check_url, retry_after, send
+from kbsync.connectors.http import Budget, HttpOptions, Reply, check_url, retry_after, send
 from kbsync.connectors.network import is_allowed
 from kbsync.errors import SourceBlocked, SourceError, SourceInvalid, SourceUnavailable
 from tests.faultserver import FaultServer, answer, big, cut, drip, drip_headers, hang, redirect, reset
@@ -272,6 +275,67 @@ def test_one_request_at_a_time_per_host() -> None:
         for thread in threads:
             thread.join()
         assert (len(server.requests), server.most_in_flight) == (4, 1)
+
+
+def test_one_request_at_a_time_per_host_over_processes(tmp_path: Path) -> None:
+    """Two processes of one user wait for each other as threads do; hosts do not wait for other hosts."""
+    code = (
+        "import sys, httpx; from kbsync.connectors.http import HttpOptions, send\n"
+        "for _ in range(3): send('stars', httpx.Request('GET', sys.argv[1]), HttpOptions())"
+    )
+
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.05)
+        answer(b"ok")(handler)
+
+    environment = {**os.environ, "KBSYNC_CACHE": str(tmp_path)}
+    with FaultServer() as server:
+        command = [sys.executable, "-c", code, server.on("/slow", slow)]
+        asking = [subprocess.Popen(command, env=environment) for _ in range(2)]
+        assert [process.wait(60) for process in asking] == [0, 0]
+        assert (len(server.requests), server.most_in_flight) == (6, 1)
+    assert [path.name for path in (tmp_path / "hosts").iterdir()] == [f"127.0.0.1_{server.port}"]
+
+
+def test_the_wait_for_a_turn_counts_towards_the_deadline(
+    server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another process asks the host all the time, the source is unavailable and nothing is sent to it."""
+    monkeypatch.setenv("KBSYNC_CACHE", str(tmp_path))
+    url = server.on("/free", answer(b"ok"))
+    holder = (
+        "import sys, time; from kbsync.connectors.turns import turn\n"
+        "with turn(sys.argv[1], time.monotonic() + 9): print('mine', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, f"127.0.0.1:{server.port}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == b"mine\n"
+        before = len(server.requests)
+        with pytest.raises(SourceUnavailable, match="another request of this machine"):
+            get(url, deadline=0.2)
+        assert len(server.requests) == before
+        other.stdin.close()
+    assert get(url, deadline=5).body == b"ok"
+
+
+def test_without_a_cache_only_this_process_takes_turns(
+    server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that cannot be written is no reason not to ask."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KBSYNC_CACHE", str(tmp_path / "file"))
+    assert get(server.on("/free", answer(b"ok"))).body == b"ok"
+
+
+def test_a_budget_holds_over_several_requests(server: FaultServer) -> None:
+    """The bytes of a second answer add to those of the first."""
+    options = HttpOptions(max_bytes=ByteSize(150))
+    url, budget = server.on("/hundred", answer(b"x" * 100)), Budget(options)
+    assert len(send("stars", httpx.Request("GET", url), options, budget).body) == 100
+    with pytest.raises(SourceInvalid, match="larger than"):
+        send("stars", httpx.Request("GET", url), options, budget)
 
 
 @pytest.mark.parametrize(

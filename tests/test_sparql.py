@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kbsync.connectors import Connector, make_connector
-from kbsync.connectors.sparql import RESULTS, VARIABLES, parse_answer
+from kbsync.connectors.endpoint import RESULTS, parse_answer
+from kbsync.connectors.query import VARIABLES
 from kbsync.errors import SourceBlocked, SourceError, SourceInvalid, SourceUnavailable
 from kbsync.facts import Claim, Snapshot
 from kbsync.policy import Source
@@ -229,7 +230,7 @@ def test_an_answer_that_is_not_whole_fails_the_run(
 def test_no_part_of_an_answer_is_an_answer(length: int) -> None:
     """Wherever an answer is cut, it is refused."""
     with pytest.raises(ValueError, match="not whole"):
-        parse_answer(WHOLE[:length])
+        parse_answer(WHOLE[:length], VARIABLES)
 
 
 NO_ROWS = st.none() | st.integers() | st.text() | st.dictionaries(st.text(max_size=3), st.integers(), min_size=1)
@@ -241,9 +242,9 @@ def test_other_json_is_refused(value: object) -> None:
     head = {"head": {"vars": list(VARIABLES)}}
     for results_value in (value, {"bindings": value}, {"bindings": [value]}, {"bindings": [{"subject": value}]}):
         with pytest.raises(ValueError, match="the answer"):
-            parse_answer(json.dumps({**head, "results": results_value}).encode())
+            parse_answer(json.dumps({**head, "results": results_value}).encode(), VARIABLES)
     with pytest.raises(ValueError, match="the answer"):
-        parse_answer(json.dumps(value).encode())
+        parse_answer(json.dumps(value).encode(), VARIABLES)
 
 
 def test_the_empty_answer_is_an_empty_snapshot(tmp_path: Path, faults: FaultServer) -> None:

@@ -9,22 +9,39 @@ an `Options` model for the keys of the source file beyond the common ones, takes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from kbsync.errors import SourceUnavailable
 from kbsync.facts import Provenance, Snapshot
 from kbsync.policy import Source
 
-__all__ = ["GROUP", "Connector", "ConnectorType", "Options", "Place", "known_types", "make_connector"]
+__all__ = [
+    "GROUP",
+    "STALE_RETRY_SECONDS",
+    "Connector",
+    "ConnectorType",
+    "Options",
+    "Place",
+    "Redirecting",
+    "known_types",
+    "make_connector",
+    "refuse_older",
+]
 
 GROUP = "kbsync.connectors"
 """The entry point group that a package registers its connectors under."""
+STALE_RETRY_SECONDS = 600.0
+"""A source that lags behind is asked again after this time."""
+LARGEST_TEXT = 5_000_000
+"""Bytes of a query or a list that a source file names."""
 
 
 class Connector(Protocol):
@@ -39,6 +56,15 @@ class Connector(Protocol):
 
         Raises SourceUnavailable (may work later), SourceBlocked (refused) or SourceInvalid (not what was declared).
         """
+
+
+@runtime_checkable
+class Redirecting(Protocol):
+    """A connector whose source merges entities and remembers the ids that they had: what it may have beside `fetch`."""
+
+    def redirects(self, ids: Collection[str]) -> Mapping[str, str]:
+        """Which of these whole ids (`space:local`) the source has merged into which others. Asked for ids that a
+        complete snapshot no longer has, before they count as gone. Raises what `fetch` raises."""
 
 
 class Options(BaseModel):
@@ -69,6 +95,18 @@ class Place:
             raise ValueError(f"{location} is outside the folders that sources may read (allowed_dirs in kbsync.yaml)")
         return found
 
+    def text(self, location: str) -> str:
+        """The UTF-8 text of a small file. Raises ValueError where it lies elsewhere, cannot be read or is too large."""
+        path = self.path(location)
+        try:
+            if path.stat().st_size > LARGEST_TEXT:
+                raise ValueError(f"{location} is larger than {LARGEST_TEXT:,} bytes")
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{location} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{location} is not UTF-8") from error
+
 
 class ConnectorType(Protocol):
     """What an entry point of the group must name: usually a class."""
@@ -77,6 +115,17 @@ class ConnectorType(Protocol):
 
     def __call__(self, source: Source, options: Any, place: Place) -> Connector:
         """The connector of a source whose options are valid."""
+
+
+def refuse_older(source: str, as_of: datetime | None, previous: Provenance | None) -> None:
+    """Raise SourceUnavailable for an answer that is older than the last accepted one: the servers behind one address
+    may differ in age, and facts must not go back. A connector may call it as soon as it knows `as_of`."""
+    known = previous.as_of if previous else None
+    if as_of is not None and known is not None and as_of < known:
+        problem = f"stale, it shows {as_of:%Y-%m-%d %H:%M:%S} UTC; an answer of {known:%Y-%m-%d %H:%M:%S} was accepted"
+        raise SourceUnavailable(
+            source, problem, retry_after=STALE_RETRY_SECONDS, hint="another server answered; it is asked again later"
+        )
 
 
 def known_types() -> list[str]:

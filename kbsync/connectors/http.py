@@ -3,7 +3,8 @@
 - The connection goes to the address that was checked, and redirects stay on the host
   (https://cheatsheetseries.owasp.org/cheatsheets/Server_Side_Request_Forgery_Prevention_Cheat_Sheet.html).
 - A wall-clock deadline covers connecting, the headers and every byte of the body; the size cap counts decoded bytes.
-- At most one request of this process is in flight per host (https://wikitech.wikimedia.org/wiki/Robot_policy).
+- At most one request of this machine is in flight per host (see `turns`).
+- A fetch of several requests has one `Budget`: its deadline and its size cap hold over all of them.
 
     reply = send("stars", httpx.Request("GET", "https://example.org/stars.csv"), HttpOptions())
 
@@ -14,10 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -31,10 +31,11 @@ from pydantic import ByteSize, Field
 from kbsync.connectors import Options
 from kbsync.connectors.network import Transport, is_this_machine
 from kbsync.connectors.text import printable
+from kbsync.connectors.turns import turn
 from kbsync.errors import SourceBlocked, SourceError, SourceInvalid, SourceUnavailable
 from kbsync.policy import Seconds
 
-__all__ = ["HttpOptions", "Reply", "check_url", "retry_after", "send"]
+__all__ = ["Budget", "HttpOptions", "Reply", "check_url", "is_wikimedia", "retry_after", "send"]
 
 MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -55,9 +56,9 @@ class HttpOptions(Options):
     """Keys that every source behind a URL may have."""
 
     deadline: Annotated[Seconds, Field(gt=0)] = 300.0
-    """For the whole request, from the name resolution to the last byte: `90s`, `5m`."""
+    """For a whole fetch, from the wait for the host's turn to the last byte of the last request: `90s`, `5m`."""
     max_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(256_000_000)
-    """Largest body, after decompression: `256MB`."""
+    """Largest body, or all bodies of a fetch together, after decompression: `256MB`."""
     private_network: bool = False
     """Whether the host may lie in a private network. Link-local addresses (cloud metadata) are refused even then."""
     insecure_http: bool = False
@@ -91,6 +92,21 @@ class Reply:
         return hashlib.sha256(self.body).hexdigest()
 
 
+class Budget:
+    """What a fetch may take, counted over all of its requests."""
+
+    def __init__(self, options: HttpOptions) -> None:
+        self.began = time.monotonic()
+        self.deadline = self.began + options.deadline
+        self.received = 0
+        """Decoded bytes so far."""
+
+
+def is_wikimedia(url: str) -> bool:
+    """Whether the host belongs to Wikimedia, whose rules for clients are stricter than others'."""
+    return _WIKIMEDIA.search(httpx.URL(url).host) is not None
+
+
 def check_url(url: str, declared: Mapping[str, object]) -> str:
     """`url`, if a source may be read from it under the options `declared` beside it.
 
@@ -107,12 +123,12 @@ def check_url(url: str, declared: Mapping[str, object]) -> str:
         raise ValueError("must not carry a user or a password")
     if parsed.scheme == "http" and not (is_this_machine(parsed.host) or declared.get("insecure_http")):
         raise ValueError("is plain http: use https, or say `insecure_http: true`")
-    if _WIKIMEDIA.search(parsed.host) and not _CONTACT.search(str(declared.get("user_agent", ""))):
+    if is_wikimedia(url) and not _CONTACT.search(str(declared.get("user_agent", ""))):
         raise ValueError("Wikimedia refuses clients without a contact: put a mail address or URL into `user_agent`")
     return url
 
 
-def send(source: str, request: httpx.Request, options: HttpOptions) -> Reply:
+def send(source: str, request: httpx.Request, options: HttpOptions, budget: Budget | None = None) -> Reply:
     """Send `request` and read the whole answer, following up to 3 redirects on the same host.
 
     Raises SourceUnavailable (no connection, timeout, 408, 425, 429, 5xx), SourceBlocked (403) and SourceInvalid (cut
@@ -120,8 +136,8 @@ def send(source: str, request: httpx.Request, options: HttpOptions) -> Reply:
     """
     request.headers["User-Agent"] = options.user_agent
     request.headers["Accept-Encoding"] = "gzip, deflate"
-    with _one_at_a_time(request.url.host):
-        exchange = _Exchange(source, options)
+    exchange = _Exchange(source, options, budget or Budget(options))
+    with exchange.turn(request.url):
         for _ in range(MAX_REDIRECTS + 1):
             reply = exchange.once(request)
             if reply.status not in REDIRECTS:
@@ -144,24 +160,25 @@ def retry_after(header: str | None, *, now: datetime) -> float | None:
     return min(max(wait.total_seconds(), 0.0), LONGEST_SECONDS)
 
 
-_locks: dict[str, threading.Lock] = {}
-
-
-@contextmanager
-def _one_at_a_time(host: str) -> Iterator[None]:
-    """Wait until no other request of this process is in flight to `host`."""
-    with _locks.setdefault(host, threading.Lock()):
-        yield
-
-
 class _Exchange:
-    """The requests of one `send`, under one deadline."""
+    """The requests of one `send`, within one budget."""
 
-    def __init__(self, source: str, options: HttpOptions) -> None:
+    def __init__(self, source: str, options: HttpOptions, budget: Budget) -> None:
         self._source = source
         self._options = options
-        self._began = time.monotonic()
+        self._budget = budget
         self._file = f"sources/{source}.yaml"
+
+    @contextmanager
+    def turn(self, url: httpx.URL) -> Iterator[None]:
+        """Wait until no other request to the host is in flight; redirects stay on the host, and within the turn."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(turn(f"{url.host}:{url.port or url.scheme}", self._budget.deadline))
+            except TimeoutError as error:
+                problem = f"{url.host}: another request of this machine was in flight there all the time"
+                raise SourceUnavailable(self._source, problem, hint="run `kbsync sync` later") from error
+            yield
 
     def once(self, request: httpx.Request) -> Reply:
         """One request and its whole answer; a redirect and a 304 come without their body."""
@@ -203,7 +220,7 @@ class _Exchange:
             )
 
         return Transport(
-            deadline=self._began + self._options.deadline,
+            deadline=self._budget.deadline,
             secure=url.scheme == "https",
             private_network=self._options.private_network,
             refuse=refused,
@@ -215,7 +232,7 @@ class _Exchange:
         try:
             yield
         except httpcore.TimeoutException as error:
-            waited = f"{host}: no whole answer in {time.monotonic() - self._began:.1f} s"
+            waited = f"{host}: no whole answer in {time.monotonic() - self._budget.began:.1f} s"
             raise SourceUnavailable(
                 self._source, waited, hint=f"`deadline` in {self._file} allows more time"
             ) from error
@@ -230,7 +247,8 @@ class _Exchange:
         body = bytearray()
         for chunk in response.iter_bytes():
             body += chunk
-            if len(body) > self._options.max_bytes:
+            self._budget.received += len(chunk)
+            if self._budget.received > self._options.max_bytes:
                 problem = f"{host}: the answer is larger than {self._options.max_bytes.human_readable(decimal=True)}"
                 raise SourceInvalid(self._source, problem, hint=f"`max_bytes` in {self._file} allows more")
         return bytes(body)

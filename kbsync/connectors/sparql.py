@@ -3,56 +3,44 @@
     source: us-governors
     type: sparql
     endpoint: https://query.wikidata.org/sparql
-    query: us-governors.rq        # ?subject ?subjectLabel ?object ?objectLabel [?statement ?rank ?start ?end]
+    query: us-governors.rq        # ?subject ?subjectLabel ?object ?objectLabel [?statement ?rank ?start ?end …]
     ids: wikidata
     user_agent: "kbsync/1.0 (mailto:ops@example.org)"
 
-A public endpoint that runs out of time sends status 200 and half an answer, so an answer counts only if all of it is
-SPARQL JSON (https://www.w3.org/TR/sparql11-results-json/) with every variable and no trace of a timeout in it.
+What is too large for one answer is asked for in parts (`chunks` of subjects, or one `page` after the other), and what
+changes little by its changed subjects alone (`incremental`); see `parts`. docs/wikidata.md tells how to use them.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
-import httpx
-from pydantic import ValidationInfo, field_validator
-from SPARQLWrapper import JSON, POST, SPARQLWrapper
+from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from kbsync.connectors import Place
-from kbsync.connectors.http import HttpOptions, check_url, send
+from kbsync.connectors import STALE_RETRY_SECONDS, Place, refuse_older
+from kbsync.connectors.endpoint import NOTHING, Answer, Endpoint, Term
+from kbsync.connectors.http import HttpOptions, check_url, is_wikimedia
+from kbsync.connectors.parts import Chunks, Incremental, Pages, Parts, ask, instants
+from kbsync.connectors.query import check_select, last_modified, redirects, spoken
 from kbsync.connectors.rows import UNKNOWN, Row, snapshot_of
-from kbsync.connectors.text import printable
-from kbsync.errors import SourceInvalid
+from kbsync.errors import SourceUnavailable
 from kbsync.facts import Provenance, Snapshot, digest_of
-from kbsync.policy import Source
+from kbsync.policy import Seconds, Source
 
-__all__ = ["SparqlConnector", "SparqlOptions", "Term", "fetch_rows", "parse_answer"]
+__all__ = ["SparqlConnector", "SparqlOptions"]
 
-VARIABLES = ("subject", "subjectLabel", "object", "objectLabel")
-"""What a query must give; it may also give ?statement ?rank ?start ?end."""
-RESULTS = "application/sparql-results+json"
-"""The only format asked for: CSV and TSV end well wherever they are cut."""
-LONGEST_GET = 1_500
-"""Characters of a query that may still go into a URL; servers and proxies refuse long ones (status 414)."""
-LONGEST_QUERY = 1_000_000
-TRACES = ("TimeoutException", "SPARQL-QUERY:")
-"""What Blazegraph leaves inside an answer that it gave up under status 200."""
+WIKIDATA = "http://www.wikidata.org"
+"""What Wikidata's endpoints date by the last change that they have seen."""
+OLD_IDS = 200
+"""Ids that one query about merged items names."""
 
-_ENTITY = re.compile(r"https?://www\.wikidata\.org/entity/([QPL]\d+)")
+_ITEM = re.compile(r"[QPL]\d+")
 _STATEMENT = "http://www.wikidata.org/entity/statement/"
-_GENID = "/.well-known/genid/"
 _RANK = re.compile(r"http://wikiba\.se/ontology#(Preferred|Normal|Deprecated)Rank")
-# Comments, IRIs and strings: where a keyword is none. https://www.w3.org/TR/sparql11-query/#rComment
-_SILENT = re.compile(
-    r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\''
-    r"|<[^<>\"{}|^`\\\s]*>|#[^\n]*"
-)
-_FORM = re.compile(r"(?<![?$:\w])(SELECT|ASK|CONSTRUCT|DESCRIBE|INSERT|DELETE|LOAD|CLEAR|DROP|CREATE)\b", re.IGNORECASE)
 
 
 class SparqlOptions(HttpOptions):
@@ -62,6 +50,14 @@ class SparqlOptions(HttpOptions):
     """Address of the SPARQL 1.1 protocol: Wikidata's, QLever's, a mirror of one's own."""
     query: str
     """A file beside the source file, with a SELECT query; once validated, the query itself."""
+    chunks: Chunks | None = None
+    page: Pages | None = None
+    incremental: Incremental | None = None
+    lag: bool | str | None = None
+    """Whether the endpoint is asked how fresh it is, or the IRI of the thing that it dates so; default: Wikimedia's
+    own endpoints are."""
+    max_lag: Seconds = 3600.0
+    """An answer whose server is further behind than this is refused."""
 
     @field_validator("endpoint")
     @classmethod
@@ -73,90 +69,128 @@ class SparqlOptions(HttpOptions):
     @field_validator("query")
     @classmethod
     def _query(cls, value: str, info: ValidationInfo) -> str:
-        path = Place.of(info).path(value)
-        try:
-            if path.stat().st_size > LONGEST_QUERY:
-                raise ValueError(f"{value} is larger than {LONGEST_QUERY:,} bytes")
-            query = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{value} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{value} is not UTF-8") from error
-        _check_query(value, query)
+        query = Place.of(info).text(value)
+        check_select(value, query)
         return query
 
-
-def _check_query(name: str, query: str) -> None:
-    """Raises ValueError for what is no SELECT query, lacks a variable, or pages by OFFSET."""
-    spoken = _SILENT.sub(" ", query)
-    form = _FORM.search(spoken)
-    if form is None or form[1].upper() != "SELECT":
-        raise ValueError(f"{name} is not a SELECT query")
-    missing = [f"?{variable}" for variable in VARIABLES if not re.search(rf"[?$]{variable}\b", spoken)]
-    if missing:
-        raise ValueError(f"{name} does not give {', '.join(missing)}")
-    if re.search(r"(?<![?$:\w])OFFSET\b", spoken, re.IGNORECASE):
-        raise ValueError(f"{name} pages by OFFSET: rows shift between pages and seem to be gone; ask for all at once")
-
-
-class Term(NamedTuple):
-    """One value of an answer; `kind` is uri, literal or bnode."""
-
-    kind: str
-    value: str
+    @model_validator(mode="after")
+    def _together(self) -> SparqlOptions:
+        if self.chunks and self.page:
+            raise ValueError("`chunks` and `page` are two ways to do one thing; choose one")
+        if self.incremental and not self.chunks:
+            raise ValueError("`incremental` needs `chunks`, whose subjects are those whose changes count")
+        return self
 
     @property
-    def is_unknown(self) -> bool:
-        """Whether it stands for a value that exists and nobody knows (a blank node, or Wikidata's IRI for one)."""
-        return self.kind == "bnode" or (self.kind == "uri" and _GENID in self.value)
-
-    @property
-    def entity(self) -> tuple[str, str]:
-        """(id space, local id) of an IRI: `wikidata`, `Q42`; of other IRIs `iri` and the whole."""
-        found = _ENTITY.fullmatch(self.value)
-        return ("wikidata", found[1]) if found else ("iri", self.value)
-
-
-NOTHING = Term("literal", "")
+    def dated(self) -> str | None:
+        """The IRI of the thing whose last change says how fresh the endpoint is; None: it is not asked."""
+        if isinstance(self.lag, str):
+            return self.lag
+        return WIKIDATA if self.lag or (self.lag is None and is_wikimedia(self.endpoint)) else None
 
 
 class SparqlConnector:
-    """Asks an endpoint its one query, each time anew."""
+    """Asks an endpoint its query, each time anew."""
 
     Options = SparqlOptions
 
     def __init__(self, source: Source, options: SparqlOptions, place: Place) -> None:  # noqa: ARG002 (the protocol's)
         self._source = source
         self._options = options
-        self._declaration = digest_of([source.model_dump(mode="json"), options.query])
+        if options.incremental and (source.match != "id" or source.snapshot != "complete"):
+            problem = PydanticCustomError("incremental", "needs `match: id` and `snapshot: complete`")
+            detail = InitErrorDetails(type=problem, loc=("incremental",), input=True)
+            raise ValidationError.from_exception_data("Source", [detail])
+        self._parts = Parts(options.query, options.chunks, options.page, options.incremental)
+        subjects = options.chunks.subjects if options.chunks else None
+        named = [subjects.query, list(subjects.iris)] if subjects else []
+        self._declaration = digest_of([source.model_dump(mode="json"), options.query, *named])
 
     @property
     def warnings(self) -> Sequence[str]:
         """What makes a query slow, or its answer not the complete snapshot that the source file declares."""
-        spoken = _SILENT.sub(" ", self._options.query)
+        words = spoken(self._options.query)
         found = []
-        if re.search(r"SERVICE\s+wikibase:label", spoken):
+        if re.search(r"SERVICE\s+wikibase:label", words):
             found.append("query: SERVICE wikibase:label is slow and Wikidata's alone; use rdfs:label with a language")
-        if self._source.snapshot == "complete" and re.search(r"\bLIMIT\s+\d+\s*$", spoken, re.IGNORECASE):
+        if self._source.snapshot == "complete" and re.search(r"\bLIMIT\s+\d+\s*$", words, re.IGNORECASE):
             found.append("query: rows beyond its LIMIT seem to be gone; say `snapshot: partial` or drop the LIMIT")
         return found
 
-    def fetch(self, previous: Provenance | None) -> Snapshot:  # noqa: ARG002 (endpoints have no validators)
-        """All rows of the answer.
+    def fetch(self, previous: Provenance | None) -> Snapshot:
+        """All rows of the answer, or with `incremental` those of the subjects that have changed since `previous`.
 
-        Raises SourceUnavailable, SourceBlocked (see `http.send`), and SourceInvalid for an answer that is not whole.
+        Raises SourceUnavailable (too stale, too), SourceBlocked (see `http.send`), and SourceInvalid for an answer
+        that is not whole; one part that fails fails the fetch.
         """
-        rows, sha256 = fetch_rows(self._source.source, self._options)
+        began = datetime.now(UTC)
+        endpoint = self._endpoint()
+        as_of = self._as_of(endpoint, previous)
+        said = ask(endpoint, self._parts, self._since(previous), began)
+        if said.in_parts and as_of is not None:
+            # The servers of one endpoint differ in age: only what the oldest has seen is in the whole answer for sure.
+            as_of = min(as_of, self._as_of(endpoint, previous) or as_of)
         provenance = Provenance(
             location=self._options.endpoint,
-            fetched_at=datetime.now(UTC),
+            fetched_at=began,
             status=200,
-            body_sha256=sha256,
+            body_sha256=endpoint.sha256,
             declaration=self._declaration,
+            as_of=as_of,
+            cursor=said.cursor,
         )
-        return snapshot_of(self._source, lambda: self._rows(rows), provenance)
+        snapshot = snapshot_of(self._source, lambda: self._rows(said.rows), provenance, complete=said.covers is None)
+        return snapshot if said.covers is None else replace(snapshot, covers=self._ids(said.covers))
 
-    def _rows(self, rows: Sequence[dict[str, Term]]) -> Iterator[Row]:
+    def redirects(self, ids: Collection[str]) -> Mapping[str, str]:
+        """Which of these whole ids the source has merged into which others. Raises what `fetch` raises."""
+        by_iri: dict[str, list[str]] = {}
+        for id_ in sorted(ids):
+            if iri := _iri(id_):
+                by_iri.setdefault(iri, []).append(id_)
+        found: dict[str, str] = {}
+        endpoint, iris = self._endpoint(), list(by_iri)
+        for start in range(0, len(iris), OLD_IDS):
+            for row in endpoint.ask(redirects(iris[start : start + OLD_IDS]), ("old", "new")):
+                old, new = by_iri.get(row.get("old", NOTHING).value), row.get("new", NOTHING)
+                if old is None or new.kind != "uri":
+                    raise endpoint.invalid("the answer about merged items is about others")
+                found |= {id_: f"{id_.partition(':')[0]}:{new.entity[1]}" for id_ in old}
+        return found
+
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(self._source.source, self._options.endpoint, self._options)
+
+    def _as_of(self, endpoint: Endpoint, previous: Provenance | None) -> datetime | None:
+        """Up to when the endpoint shows changes; None where it does not say. Raises SourceUnavailable where that is
+        too long ago, or before what the ledger has already seen."""
+        if self._options.dated is None:
+            return None
+        dates = instants(endpoint, endpoint.ask(last_modified(self._options.dated), ("modified",), counts=False))
+        if not dates:
+            if self._options.lag:
+                raise endpoint.invalid(f"it has no schema:dateModified of <{self._options.dated}>, see `lag`")
+            return None
+        as_of = min(dates)
+        behind = datetime.now(UTC) - as_of
+        if behind > timedelta(seconds=self._options.max_lag):
+            raise SourceUnavailable(
+                self._source.source,
+                f"{endpoint.host}: stale, it shows changes up to {as_of:%Y-%m-%d %H:%M} UTC only",
+                retry_after=STALE_RETRY_SECONDS,
+                hint="it is asked again later; `max_lag` in the source file allows more",
+            )
+        refuse_older(self._source.source, as_of, previous)
+        return as_of
+
+    def _since(self, previous: Provenance | None) -> str | None:
+        """The cursor to go on from; None where the declaration is another one than that of the last fetch."""
+        return previous.cursor if previous and previous.declaration == self._declaration else None
+
+    def _ids(self, iris: Iterable[str]) -> frozenset[str]:
+        return frozenset(f"{self._source.space}:{Term('uri', iri).entity[1]}" for iri in iris)
+
+    def _rows(self, rows: Answer) -> Iterator[Row]:
         for terms in rows:
             subject, thing = terms.get("subject", NOTHING), terms.get("object", NOTHING)
             row = Row(
@@ -169,6 +203,7 @@ class SparqlConnector:
                 rank=_rank(terms.get("rank", NOTHING)),
                 start=_date(terms.get("start", NOTHING), unknown=""),
                 end=_date(terms.get("end", NOTHING), unknown=UNKNOWN),
+                aliases=[terms["subjectAltLabel"].value] if "subjectAltLabel" in terms else (),
                 problem=_problem(subject, thing),
             )
             if thing.kind == "uri":
@@ -176,70 +211,12 @@ class SparqlConnector:
             yield row
 
 
-def fetch_rows(source: str, options: SparqlOptions) -> tuple[list[dict[str, Term]], str]:
-    """The rows of the query's whole answer, each by variable, and the sha256 of its body.
-
-    Raises what `http.send` raises, and SourceInvalid where the answer is not SPARQL JSON or not whole.
-    """
-    reply = send(source, _request(options), options)
-    host = httpx.URL(options.endpoint).host
-    if reply.content_type != RESULTS:
-        kind = printable(reply.content_type, 60) or "nothing"
-        raise SourceInvalid(source, f"{host}: the answer says that it is {kind}, not {RESULTS}")
-    try:
-        return parse_answer(reply.body), reply.sha256
-    except ValueError as error:
-        hint = "nothing was changed; run `kbsync sync` later, or make the query lighter"
-        raise SourceInvalid(source, f"{host}: {error}", hint=hint) from error
-
-
-def _request(options: SparqlOptions) -> httpx.Request:
-    """The SPARQL protocol's request for the query: GET, or POST for a long one.
-
-    SPARQLWrapper writes it; sending it would be without a deadline, a size cap or a limit to redirects, and 403 and
-    429 would be bare urllib errors, so `http.send` does that. Its method for writing has no public name.
-    """
-    wrapper = SPARQLWrapper(options.endpoint, returnFormat=JSON, agent=options.user_agent)
-    wrapper.setOnlyConneg(True)
-    wrapper.addCustomHttpHeader("Accept", RESULTS)
-    wrapper.setQuery(options.query)
-    if len(options.query) > LONGEST_GET:
-        wrapper.setMethod(POST)
-    request = wrapper._createRequest()
-    content = request.data if isinstance(request.data, bytes) else None
-    return httpx.Request(request.get_method(), request.full_url, headers=dict(request.header_items()), content=content)
-
-
-def parse_answer(body: bytes, needed: Sequence[str] = VARIABLES) -> list[dict[str, Term]]:
-    """The rows of a SPARQL JSON answer (https://www.w3.org/TR/sparql11-results-json/), every one of them.
-
-    Raises ValueError where the body is not one whole JSON document, lacks a needed variable, or shows a timeout.
-    """
-    text = body.decode("utf-8", "replace")
-    if any(trace in text for trace in TRACES):
-        raise ValueError("the endpoint ran out of time in the middle of its answer")
-    try:
-        answer = json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the answer is not whole: it ends with {printable(text[-80:].strip(), 80)!r}") from error
-    match answer:
-        case {"head": {"vars": list() as names}, "results": {"bindings": list() as bindings}}:
-            missing = [f"?{name}" for name in needed if name not in names]
-            if missing:
-                raise ValueError(f"the answer lacks {', '.join(missing)}")
-            return [_terms(binding) for binding in bindings]
-    raise ValueError("the answer has no head.vars or no results.bindings")
-
-
-def _terms(binding: object) -> dict[str, Term]:
-    found = {}
-    for name, term in binding.items() if isinstance(binding, dict) else [("", None)]:
-        match term:
-            case {"type": str() as kind, "value": str() as value}:
-                found[name] = Term("literal" if kind == "typed-literal" else kind, value)
-            case _:
-                raise ValueError(f"the answer has a row that is no row: {printable(binding, 80)}")
-    return found
+def _iri(id_: str) -> str | None:
+    """The IRI that a whole id stands for; None for an id that is none's."""
+    local = id_.partition(":")[2]
+    if _ITEM.fullmatch(local):
+        return f"{WIKIDATA}/entity/{local}"
+    return local if local.startswith(("http://", "https://")) else None
 
 
 def _origin(statement: Term, subject: Term) -> str:
