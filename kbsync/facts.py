@@ -154,7 +154,7 @@ class Snapshot:
     `whole`: the source and its connector speak about every subject, so that an absent one is withdrawn; see `complete`.
     `not_modified`: the source vouched (HTTP 304) that nothing changed since the validators given; then `content` is
     empty and means nothing. `redirects`: ids that the source has merged into others, old -> new. `covers`: of an
-    increment, which has all rows of these subjects, and vouches that no other one has changed.
+    increment, which speaks about these subjects alone and vouches that no other one has changed.
 
     `claims`, `quarantined`, `aliases`, `complete` and `rows` read all of the content.
     """
@@ -207,7 +207,8 @@ class Snapshot:
 
     @property
     def complete(self) -> bool:
-        """Whether an absent subject is withdrawn: not while there is a bad row that does not name its subject."""
+        """Whether an absent subject is withdrawn (by an increment: a covered one): not while there is a bad row that does
+        not name its subject."""
         return self.whole and all(row.subject_id for row in self.quarantined)
 
     @property

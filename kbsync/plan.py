@@ -251,12 +251,13 @@ def check_guard(before: Sequence[Claim], snapshot: Snapshot, guard: Guard, *, fi
 
     Shares are of the subjects claimed before, and count from 10 rows on. A subject has changed if its rows say anything
     else than before (labels, ranks and dates too); one in quarantine is present. `min_rows` compares good rows with
-    good rows. A partial snapshot says nothing by what it lacks. `first`: the source has no accepted snapshot yet, and
-    nothing to compare with.
+    good rows. A partial snapshot says nothing by what it lacks, an increment nothing by what it does not cover.
+    `first`: the source has no accepted snapshot yet, and nothing to compare with.
     """
     if first or snapshot.not_modified or not before:
         return []
-    if snapshot.complete and not snapshot.rows:
+    all_of_it = snapshot.complete and snapshot.covers is None
+    if all_of_it and not snapshot.rows:
         return [f"{snapshot.source}: no rows, {len(before)} before: a source does not become empty"]
     old, new = _said(before), _said(snapshot.claims)
     rows, rows_before = _rows(new), _rows(old)
@@ -267,7 +268,7 @@ def check_guard(before: Sequence[Claim], snapshot: Snapshot, guard: Guard, *, fi
         for what, count, limit in _differences(old, new, snapshot, guard)
         if _more(count, limit * len(old))
     ]
-    if snapshot.complete and _more(guard.min_rows * rows_before, rows):
+    if all_of_it and _more(guard.min_rows * rows_before, rows):
         share = f"{rows / rows_before:.1%}"
         reasons.append(
             f"{snapshot.source}: {rows} of {rows_before} good rows ({share}), min_rows is {guard.min_rows:.1%}"
@@ -378,8 +379,9 @@ def _differences(old: _Said, new: _Said, snapshot: Snapshot, guard: Guard) -> It
     yield "changed", sum(1 for key in old.keys() & new.keys() if old[key] != new[key]), guard.max_changed
     yield "added", len(new.keys() - old.keys()), guard.max_added
     if snapshot.complete:
-        quarantined = {row.subject_id for row in snapshot.quarantined}
-        yield "removed", sum(1 for key in old.keys() - new.keys() if key.subject not in quarantined), guard.max_removed
+        present, covers = {row.subject_id for row in snapshot.quarantined}, snapshot.covers
+        gone = [key.subject for key in old.keys() - new.keys() if covers is None or key.subject in covers]
+        yield "removed", sum(1 for subject in gone if subject not in present), guard.max_removed
 
 
 def _rows(said: _Said) -> int:

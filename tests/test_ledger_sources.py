@@ -96,6 +96,33 @@ def test_an_absent_subject_ends_only_in_a_complete_snapshot(tmp_path: Path) -> N
         assert said(ledger) == {"Vega": "Draco"}
 
 
+def test_an_increment_speaks_about_what_it_covers_alone(tmp_path: Path) -> None:
+    """A covered subject without a row has ended; every other claim counts as said again, and keeps its bad rows."""
+    with opened(tmp_path) as ledger:
+        first = snapshot(*claims(Vega="Lyra", Deneb="Cygnus", Altair="Aquila"), quarantined=[bad("Rigel")])
+        record(ledger, first)
+        covers = frozenset({"feed:Vega", "feed:Deneb", "feed:Sirius"})
+        counts = record(ledger, snapshot(*claims(Vega="Draco", Sirius="Canis Major"), covers=covers))
+        assert counts == RecordCounts(rows=2, added=2, ended=2, seen=1, quarantined=0)
+        assert said(ledger) == {"Vega": "Draco", "Altair": "Aquila", "Sirius": "Canis Major"}
+        assert seen(ledger) == {"Vega": 1, "Altair": 2, "Sirius": 1}
+        with ledger.read() as db:
+            assert [row.row.subject_id for row in db.quarantined("feed")] == ["feed:Rigel"]
+        record(ledger, snapshot(covers=frozenset({"feed:Rigel"})))
+        with ledger.read() as db:
+            assert db.quarantined("feed") == []
+        assert seen(ledger) == {"Vega": 2, "Altair": 3, "Sirius": 2}
+
+
+def test_an_increment_with_an_unreadable_row_ends_nothing(tmp_path: Path) -> None:
+    """The bad row may be about any subject that it covers."""
+    with opened(tmp_path) as ledger:
+        record(ledger, snapshot(*claims(Vega="Lyra", Deneb="Cygnus")))
+        record(ledger, snapshot(quarantined=[bad(None)], covers=frozenset({"feed:Vega"})))
+        assert said(ledger) == {"Vega": "Lyra", "Deneb": "Cygnus"}
+        assert seen(ledger) == {"Vega": 1, "Deneb": 2}
+
+
 def test_a_quarantined_row_keeps_its_subject(tmp_path: Path) -> None:
     """A subject that is only there in a row that cannot be used loses nothing; its claim was not seen, though, and goes
     on counting when it is readable again."""

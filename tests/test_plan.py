@@ -340,6 +340,14 @@ def test_the_share_of_removed_subjects_is_guarded(removed: int, alarm: list[str]
     assert alarms(BEFORE, snapshot(rows(range(removed, 100)))) == alarm
 
 
+@pytest.mark.parametrize(("removed", "alarm"), [(10, []), (11, ["removed"])])
+def test_an_increment_is_guarded_by_what_it_covers(removed: int, alarm: list[str]) -> None:
+    """Its few rows are no alarm; covered subjects without a row are, by their share of the whole source."""
+    covers = frozenset(row.subject.id for row in rows(range(removed + 5)))
+    assert alarms(BEFORE, snapshot(rows(range(removed, removed + 5)), covers=covers)) == alarm
+    assert alarms(BEFORE, snapshot([], covers=frozenset())) == []
+
+
 @pytest.mark.parametrize(("added", "alarm"), [(199, []), (200, []), (201, ["added"])])
 def test_the_share_of_added_subjects_is_guarded(added: int, alarm: list[str]) -> None:
     """200 % pass, one more does not."""

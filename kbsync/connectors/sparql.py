@@ -139,7 +139,7 @@ class SparqlConnector:
             as_of=as_of,
             cursor=said.cursor,
         )
-        snapshot = snapshot_of(self._source, lambda: self._rows(said.rows), provenance, complete=said.covers is None)
+        snapshot = snapshot_of(self._source, lambda: self._rows(said.rows), provenance)
         return snapshot if said.covers is None else replace(snapshot, covers=self._ids(said.covers))
 
     def redirects(self, ids: Collection[str]) -> Mapping[str, str]:

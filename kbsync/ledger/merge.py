@@ -63,6 +63,7 @@ _incoming = Table(
     Column("claim_id", Integer),
     prefixes=["TEMPORARY"],
 )
+_covered = Table("covered", _metadata, Column("subject_id", Text, primary_key=True), prefixes=["TEMPORARY"])
 _unsaid = Table("unsaid", _metadata, Column("claim_id", Integer, primary_key=True), prefixes=["TEMPORARY"])
 _claim, _fetch, _quarantine = schema.claim, schema.fetch, schema.quarantine
 
@@ -80,6 +81,13 @@ class _Fetch:
         """Which claims are the source's live ones."""
         return and_(_claim.c.source == self.snapshot.source, _claim.c.until_fetch.is_(None))
 
+    @property
+    def spoken_about(self) -> ColumnElement[bool]:
+        """Which of them the snapshot speaks about: all, or those of the subjects that an increment covers."""
+        if self.snapshot.covers is None:
+            return self.live
+        return and_(self.live, _claim.c.subject_id.in_(select(_covered.c.subject_id)))
+
 
 def record(connection: Connection, run_id: int, snapshot: Snapshot, now: datetime) -> RecordCounts:
     """Make the source's live claims what the snapshot says; see `Writer.record`."""
@@ -88,7 +96,8 @@ def record(connection: Connection, run_id: int, snapshot: Snapshot, now: datetim
         return _vouched_for(connection, fetch)
     _merge_quarantine(connection, fetch)
     before = connection.scalar(select(func.count()).where(fetch.live)) or 0
-    with temporary(connection, _incoming, _unsaid):
+    with temporary(connection, _incoming, _unsaid, _covered):
+        bulk_insert(connection, _covered, ("subject_id",), ((id_,) for id_ in sorted(snapshot.covers or ())))
         _stage(connection, snapshot)
         _match(connection, fetch)
         unsaid, ended = _end_unsaid(connection, fetch)
@@ -124,7 +133,7 @@ def _accept(connection: Connection, run_id: int, snapshot: Snapshot, now: dateti
         "etag": etag,
         "last_modified": modified,
         "declaration": declaration,
-        "complete": snapshot.complete,
+        "complete": snapshot.complete and snapshot.covers is None,
         "not_modified": snapshot.not_modified,
         "rows": snapshot.rows,
         "as_of": seen.as_of,
@@ -144,10 +153,15 @@ def _vouched_for(connection: Connection, fetch: _Fetch) -> RecordCounts:
 
 
 def _merge_quarantine(connection: Connection, fetch: _Fetch) -> None:
-    """The source's live quarantined rows become those of this fetch; a row that stays is not written again."""
-    table, source = _quarantine, fetch.snapshot.source
+    """The source's live quarantined rows become those of this fetch; a row that stays is not written again, and one
+    that an increment does not speak about stays."""
+    table, source, covers = _quarantine, fetch.snapshot.source, fetch.snapshot.covers
     query = select(table).where(table.c.source == source, table.c.until_fetch.is_(None))
-    live = {(row.origin, row.reason, row.raw, row.subject_id): row.id for row in connection.execute(query)}
+    live = {
+        (row.origin, row.reason, row.raw, row.subject_id): row.id
+        for row in connection.execute(query)
+        if covers is None or row.subject_id in covers
+    }
     rows = dict.fromkeys((row.origin, row.reason, row.raw, row.subject_id) for row in fetch.snapshot.quarantined)
     gone = [{"row_id": id_} for content, id_ in live.items() if content not in rows]
     if gone:
@@ -182,7 +196,7 @@ def _end_unsaid(connection: Connection, fetch: _Fetch) -> tuple[int, int]:
     there only in quarantined rows, or the claim's own row is the one in quarantine.
     """
     said = select(_incoming.c.claim_id).where(_incoming.c.claim_id.is_not(None))
-    unsaid = select(_claim.c.id).where(fetch.live).except_(said)
+    unsaid = select(_claim.c.id).where(fetch.spoken_about).except_(said)
     found = insert_from(connection, _unsaid, ["claim_id"], unsaid)
     if not found:
         return 0, 0
