@@ -14,8 +14,10 @@ help: ## list the targets
 demo: model ## watch a real model learn a feed, a change of it, and a rollback
 	@$(BIN)/kbsync demo
 
+# Without a PostgreSQL server its half of the ledger's tests is skipped; tests/postgres.py says what it found.
 # One thread per worker: small models lose more by threads that wait for each other than they gain.
 test: model ## run the tests
+	@$(BIN)/python -m tests.postgres
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist worksteal
 
 gpu: model ## the engine's tests on a CUDA device; its speed, memory and hashes there

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests import ledgers, postgres
 
 if TYPE_CHECKING:
     from kbsync.editor.model import Base
@@ -34,6 +38,30 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the developer's own shell never reach a test."""
     for name in [name for name in os.environ if name.startswith("KBSYNC_") and name != "KBSYNC_CACHE"]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def _postgresql() -> Iterator[postgres.Server | str]:
+    """One server for all tests of this process; why there is none, where there is none."""
+    with ExitStack() as stack:
+        try:
+            found: postgres.Server | str = stack.enter_context(postgres.server())
+        except postgres.Unavailable as error:
+            found = str(error)
+        yield found
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each database that a ledger may live in: `tests.ledgers` makes them there."""
+    if request.param == "sqlite":
+        yield "sqlite"
+        return
+    server = request.getfixturevalue("_postgresql")
+    if isinstance(server, str):
+        pytest.skip(server)
+    with ledgers.served_by(server):
+        yield "postgresql"
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -1,7 +1,12 @@
-"""Real ledgers for tests: a SQLite file in the test's folder, a clock that the test turns, short words for values."""
+"""Real ledgers for tests: a SQLite file in the test's folder, or a database on a PostgreSQL server that belongs to the
+folder; a clock that the test turns, short words for values.
+
+A module whose tests run on both says `pytestmark = pytest.mark.usefixtures("database")` (tests/conftest.py).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -9,7 +14,9 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
+
+from sqlalchemy import create_engine, text
 
 from kbsync.facts import (
     Applied,
@@ -26,6 +33,7 @@ from kbsync.facts import (
 )
 from kbsync.ledger import Ledger, PublishedVersion
 from kbsync.versions.manifest import ActiveDelta
+from tests.postgres import Server
 
 RELATION = "constellation"
 MODEL = "tiny-0123456789ab"
@@ -47,15 +55,53 @@ class Clock:
         return self.now
 
 
+class _Databases:
+    """Where ledgers are made: in files, or on `server` while a test runs there."""
+
+    server: Server | None = None
+    made: ClassVar[set[str]] = set()
+
+
+def on_postgresql() -> bool:
+    """Whether ledgers are on a server."""
+    return _Databases.server is not None
+
+
+@contextmanager
+def served_by(server: Server) -> Iterator[None]:
+    """Make ledgers on this server for the time of the block; then they are removed."""
+    _Databases.server = server
+    try:
+        yield
+    finally:
+        _Databases.server = None
+        for name in _Databases.made:
+            server.drop(name)
+        _Databases.made.clear()
+
+
 def url(folder: Path) -> str:
-    """The ledger's URL in a folder."""
-    return f"sqlite:///{folder / 'ledger.db'}"
+    """The URL of the ledger that belongs to a folder; on a server, of a database that is there, at first empty."""
+    server = _Databases.server
+    if server is None:
+        return f"sqlite:///{folder / 'ledger.db'}"
+    return server.url(_database(server, folder, template="template0"))
+
+
+def _database(server: Server, folder: Path, *, template: str) -> str:
+    name = "kbsync_" + hashlib.sha256(str(folder).encode()).hexdigest()[:24]
+    if name not in _Databases.made:
+        server.create(name, template=template)
+        _Databases.made.add(name)
+    return name
 
 
 @contextmanager
 def opened(folder: Path, clock: Clock | None = None) -> Iterator[Ledger]:
-    """The ledger in a folder; where it is not there, a copy of an empty one, which is quicker than migrating."""
-    if not (folder / "ledger.db").exists():
+    """The ledger of a folder; where it is not there, a copy of an empty one, which is quicker than migrating."""
+    if _Databases.server is not None:
+        _database(_Databases.server, folder, template=_Databases.server.empty_ledger)
+    elif not (folder / "ledger.db").exists():
         (folder / "ledger.db").write_bytes(_empty_ledger())
     with Ledger.open(url(folder), clock=clock or Clock()) as ledger:
         yield ledger
@@ -64,14 +110,34 @@ def opened(folder: Path, clock: Clock | None = None) -> Iterator[Ledger]:
 @cache
 def _empty_ledger() -> bytes:
     with TemporaryDirectory() as folder:
-        Ledger.open(url(Path(folder))).close()
+        Ledger.open(f"sqlite:///{folder}/ledger.db").close()
         return (Path(folder) / "ledger.db").read_bytes()
 
 
+def tampered(folder: Path, *statements: str) -> list[tuple[Any, ...]]:
+    """Run SQL past kbsync, as another program would; the rows of the last statement."""
+    engine = create_engine(url(folder))
+    try:
+        with engine.begin() as connection:
+            for statement in statements:
+                found = connection.execute(text(statement))
+            return [tuple(row) for row in found] if found.returns_rows else []
+    finally:
+        engine.dispose()
+
+
 def dump(folder: Path) -> list[str]:
-    """Everything in the ledger as SQL: what a byte for byte comparison of the contents looks at."""
-    with closing(sqlite3.connect(folder / "ledger.db")) as connection:
-        return list(connection.iterdump())
+    """Everything in the ledger as text: what a comparison of the contents to the byte looks at."""
+    if not on_postgresql():
+        with closing(sqlite3.connect(folder / "ledger.db")) as connection:
+            return list(connection.iterdump())
+    tables = tampered(folder, "SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY tablename")
+    return [line for (name,) in tables for line in _rows_of(folder, name)]
+
+
+def _rows_of(folder: Path, table: str) -> list[str]:
+    query = f'SELECT t::text FROM "{table}" AS t ORDER BY 1'  # noqa: S608  # our own tables
+    return [f'INSERT INTO "{table}" {row}' for (row,) in tampered(folder, query)]
 
 
 def claim(subject: str, object_: str, origin: str = "line 2", **more: Any) -> Claim:

@@ -1,48 +1,44 @@
-"""The ledger as a database: opened, migrated, locked, rolled back, killed, checked, backed up."""
+"""The ledger as a database, on SQLite and PostgreSQL alike: opened, locked, rolled back, killed, checked."""
 
 from __future__ import annotations
 
-import gzip
 import os
-import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, insert, text
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import insert
+from sqlalchemy.exc import DBAPIError
 
 from kbsync.errors import Busy, LedgerError, UsageError
 from kbsync.ledger import Ledger, database, schema
-from kbsync.ledger.columns import UtcTime
 from kbsync.ledger.migrate import REVISION
-from tests.ledgers import NOON, Clock, claims, decide, dump, facts, key, opened, register, snapshot, sync, url
+from tests.ledgers import (
+    NOON,
+    Clock,
+    claims,
+    decide,
+    dump,
+    facts,
+    key,
+    on_postgresql,
+    opened,
+    register,
+    snapshot,
+    sync,
+    tampered,
+    url,
+)
 
-SETTINGS = {"busy_timeout": 5000, "foreign_keys": 1, "synchronous": 2, "journal_mode": database.journal_mode()}
-
-
-def test_a_new_ledger_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
-    """The file is created with mode 0600, in a folder made for it, whatever the umask."""
-    with Ledger.open(url(tmp_path / "data")):
-        assert (tmp_path / "data" / "ledger.db").stat().st_mode & 0o777 == 0o600
-
-
-def test_a_ledger_that_is_not_there_is_not_made_on_the_quiet(tmp_path: Path) -> None:
-    """Without `create` an absent ledger is an error that names `kbsync init`, and no file appears."""
-    with pytest.raises(LedgerError, match="no ledger here") as caught:
-        Ledger.open(url(tmp_path), create=False)
-    assert caught.value.hint == "kbsync init"
-    assert list(tmp_path.iterdir()) == []
+pytestmark = pytest.mark.usefixtures("database")
 
 
 @pytest.mark.parametrize("address", ["sqlite://", "sqlite:///:memory:", "nonsense", "nosuch://host/db"])
@@ -54,28 +50,18 @@ def test_a_url_that_means_nothing_is_a_usage_error(address: str) -> None:
 
 def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     """A database with tables that are not ours is refused and unchanged."""
-    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        connection.execute("CREATE TABLE recipe (name TEXT)")
+    tampered(tmp_path, "CREATE TABLE recipe (name TEXT)")
     before = dump(tmp_path)
     with pytest.raises(LedgerError, match="no kbsync ledger"):
         Ledger.open(url(tmp_path))
     assert dump(tmp_path) == before
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
-    """Garbage is a LedgerError, not a traceback."""
-    (tmp_path / "ledger.db").write_bytes(b"not a database at all" * 100)
-    with pytest.raises(LedgerError, match="not a database"):
-        Ledger.open(url(tmp_path))
-
-
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     """A revision that this kbsync does not know stays untouched."""
     with opened(tmp_path):
         pass
-    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-        connection.commit()
+    tampered(tmp_path, "UPDATE alembic_version SET version_num = '9999'")
     before = dump(tmp_path)
     with pytest.raises(LedgerError, match="has schema 9999") as caught:
         Ledger.open(url(tmp_path))
@@ -84,31 +70,9 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_migrations_make_what_the_tables_declare(tmp_path: Path) -> None:
-    """Alembic finds no difference between the migrated database and the SQLModel tables, and neither does a comparison
-    of the statements, which Alembic's of constraints is not as strict as."""
+    """Alembic finds no difference between the migrated database and the SQLModel tables."""
     with Ledger.open(url(tmp_path)) as ledger, ledger._engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
-        tables = text("SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name != 'alembic_version'")
-        found = {name: _words(sql) for name, sql in connection.execute(tables)}
-        declared = {
-            table.name: _words(str(CreateTable(table).compile(connection))) for table in schema.metadata.sorted_tables
-        }
-        assert found == declared
-
-
-def _words(statement: str) -> list[str]:
-    """A CREATE TABLE as its parts, whose order does not matter. A column that was added later has its foreign key
-    beside it, which is written as the others are."""
-    head, _, body = " ".join(statement.split()).partition("(")
-    body, _, tail = body.rpartition(")")
-    beside = re.compile(r"(\w+) (\w+) CONSTRAINT (\w+) REFERENCES (.+)")
-    parts = [beside.sub(r"\1 \2, CONSTRAINT \3 FOREIGN KEY(\1) REFERENCES \4", part) for part in _split(body)]
-    return sorted([head.strip(), tail.strip(), *(word for part in parts for word in _split(part))])
-
-
-def _split(text: str) -> list[str]:
-    """The parts between the commas that are in no parentheses."""
-    return [part.strip() for part in re.split(r",(?![^(]*\))", text)]
 
 
 def test_the_newest_revision_is_the_one_that_opening_asks_for() -> None:
@@ -117,59 +81,12 @@ def test_the_newest_revision_is_the_one_that_opening_asks_for() -> None:
     assert ScriptDirectory(str(scripts)).get_current_head() == REVISION
 
 
-def test_every_table_is_strict(tmp_path: Path) -> None:
-    """Text does not get into a number column."""
-    with opened(tmp_path), closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        ours = {table.name for table in schema.metadata.sorted_tables}
-        strict = {row[1]: row[5] for row in connection.execute("PRAGMA table_list") if row[1] in ours}
-        assert strict == dict.fromkeys(ours, 1)
-
-
-def test_every_connection_is_set_up(tmp_path: Path) -> None:
-    """The pragmas read back as set on several connections of the pool at once."""
-    with opened(tmp_path) as ledger:
-        connections = [ledger._engine.connect() for _ in range(3)]
-        for connection in connections:
-            found = {name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in SETTINGS}
-            assert found == SETTINGS
-            connection.close()
-
-
-@pytest.mark.parametrize(
-    ("version", "mode"),
-    [
-        ((3, 40, 1), "truncate"),
-        ((3, 50, 6), "truncate"),
-        ((3, 50, 7), "wal"),
-        ((3, 51, 0), "truncate"),
-        ((3, 51, 2), "truncate"),
-        ((3, 51, 3), "wal"),
-        ((3, 52, 0), "wal"),
-    ],
-)
-def test_wal_is_used_only_where_it_is_safe(version: tuple[int, ...], mode: str) -> None:
-    """The versions with the WAL-reset bug use the rollback journal."""
-    assert database.journal_mode(version) == mode
-
-
 def test_naive_times_are_refused(tmp_path: Path) -> None:
     """A datetime without a timezone cannot be written."""
     naive = datetime(2026, 7, 1)  # noqa: DTZ001  # what must be refused
     row = {"at": naive, "who": "me", "action": "x", "detail": {}}
     with opened(tmp_path) as ledger, pytest.raises(LedgerError, match="has no timezone"), ledger.write() as db:
         db._connection.execute(insert(schema.audit).values(row))
-
-
-def test_times_keep_their_instant_and_sort(tmp_path: Path) -> None:
-    """Any timezone goes in, the same instant comes out in UTC, and the text in SQLite sorts as the instants do."""
-    engine = create_engine("sqlite://")
-    kolkata = datetime(2026, 7, 1, 17, 30, 0, 5, tzinfo=timezone(timedelta(hours=5, minutes=30)))
-    column = UtcTime()
-    written = column.process_bind_param(kolkata, engine.dialect)
-    assert written == "2026-07-01T12:00:00.000005Z"
-    assert column.process_result_value(written, engine.dialect) == kolkata
-    assert column.process_bind_param(NOON, engine.dialect) < written
-    engine.dispose()
 
 
 def test_an_exception_undoes_the_whole_block(tmp_path: Path) -> None:
@@ -205,14 +122,15 @@ def test_a_dry_run_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_reader_sees_one_state(tmp_path: Path) -> None:
-    """What is committed while a reader is at work does not show in its answers."""
+    """What is committed while a reader is at work does not show in its answers; only SQLite's rollback journal lets the
+    writer wait for the reader."""
     with opened(tmp_path) as ledger, ledger.read() as db:
         assert db.runs() == []
         thread = threading.Thread(target=_try_to_start_run, args=(url(tmp_path),))
         thread.start()
         time.sleep(0.3)
         assert db.runs() == []
-        assert thread.is_alive() == (database.journal_mode() == "truncate")
+        assert thread.is_alive() == (not on_postgresql() and database.journal_mode() == "truncate")
     thread.join()
     with opened(tmp_path) as ledger, ledger.read() as db:
         assert len(db.runs()) == 1
@@ -274,10 +192,9 @@ def test_time_never_goes_back(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from tests.ledgers import claims, facts, opened, snapshot, url
+from tests.ledgers import claims, facts, snapshot
 from kbsync.ledger import Ledger
-from pathlib import Path
-with Ledger.open(url(Path(sys.argv[1]))) as ledger, ledger.write() as db:
+with Ledger.open(sys.argv[1]) as ledger, ledger.write() as db:
     run = db.start_run("astronomy", model=None, trigger="sync", user="me")
     many = {f"Star{n}": "Lyra" for n in range(30_000)}
     db.record(run, snapshot(*claims(**many)))
@@ -295,10 +212,11 @@ def test_kill_leaves_the_previous_state(tmp_path: Path, moment: str) -> None:
         sync(ledger, snapshot(*claims(Vega="Lyra")))
     before = dump(tmp_path)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], env=environment, check=False)
+    ended = subprocess.run([sys.executable, "-c", KILLED, url(tmp_path), moment], env=environment, check=False)
     assert ended.returncode == -signal.SIGKILL
-    journal = tmp_path / ("ledger.db-journal" if database.journal_mode() == "truncate" else "ledger.db-wal")
-    assert journal.stat().st_size > 0
+    if not on_postgresql():
+        journal = tmp_path / ("ledger.db-journal" if database.journal_mode() == "truncate" else "ledger.db-wal")
+        assert journal.stat().st_size > 0
     with opened(tmp_path) as ledger:
         assert ledger.check() == []
         assert dump(tmp_path) == before
@@ -327,7 +245,7 @@ def test_two_live_objects_are_impossible(tmp_path: Path) -> None:
                 "until": NOON - timedelta(days=1),
             }
             db._connection.execute(insert(schema.fact).values(ended))
-        with pytest.raises(LedgerError, match="UNIQUE"), ledger.write() as db:
+        with pytest.raises(LedgerError, match=r"(?i)unique"), ledger.write() as db:
             db._connection.execute(insert(schema.fact).values(row | {"object_id": "feed:Draco"}))
         with ledger.read() as db:
             assert db.facts()[key("Vega")].object.label == "Lyra"
@@ -339,85 +257,15 @@ def test_the_audit_log_only_grows(tmp_path: Path) -> None:
         register(ledger)
         with ledger.write() as db:
             db.audit("me", "approve", {"run": 7})
-    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        for statement in ("UPDATE audit SET who = 'you'", "DELETE FROM audit", "UPDATE head SET version = 1"):
-            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-                connection.execute(statement)
+    for statement in ("UPDATE audit SET who = 'you'", "DELETE FROM audit", "UPDATE head SET version = 1"):
+        with pytest.raises(DBAPIError, match="append-only"):
+            tampered(tmp_path, statement)
 
 
 def test_references_must_exist(tmp_path: Path) -> None:
     """A fact of a run that never was is refused."""
-    with opened(tmp_path) as ledger, pytest.raises(LedgerError, match="FOREIGN KEY"), ledger.write() as db:
+    with opened(tmp_path) as ledger, pytest.raises(LedgerError, match=r"(?i)foreign key"), ledger.write() as db:
         db.apply(99, facts(Vega="Lyra"), [], ["constellation"])
-
-
-def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
-    """A sound ledger has no problems; two live objects, a lost HEAD and a dangling reference are each named."""
-    with opened(tmp_path) as ledger:
-        register(ledger)
-        decide(ledger, facts(Vega="Lyra"))
-        assert ledger.check() == []
-        assert ledger.check(quick=True) == []
-        with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-            connection.executescript(
-                "DROP INDEX fact_one_live_object; DROP TRIGGER head_no_delete; DELETE FROM head;"
-                "INSERT INTO fact SELECT 77, relation, subject_id, subject_label, 'feed:Draco', 'Draco', source,"
-                " origin, status, since, until, 99, NULL, NULL, rule FROM fact"
-            )
-        problems = "\n".join(ledger.check())
-    for expected in ("constellation of feed:Vega: 2 live objects", "has no HEAD", "table fact, row 77"):
-        assert expected in problems
-
-
-def test_check_finds_a_damaged_page(tmp_path: Path) -> None:
-    """Overwritten pages are a problem that is named, or a LedgerError, never a wrong answer."""
-    with opened(tmp_path) as ledger:
-        sync(ledger, snapshot(*claims(**{f"Star{n}": "Lyra" for n in range(500)})))
-    file = tmp_path / "ledger.db"
-    content = bytearray(file.read_bytes())
-    middle = len(content) // 2 // 4096 * 4096
-    content[middle : middle + 4096] = b"\xff" * 4096
-    file.write_bytes(content)
-    with opened(tmp_path) as ledger:
-        try:
-            problems = ledger.check()
-        except LedgerError as error:
-            problems = [error.message]
-    assert problems
-
-
-def test_a_backup_is_whole_private_and_never_overwrites(tmp_path: Path) -> None:
-    """The copy opens as a ledger with the same contents, mode 0600; a file that is there is not touched."""
-    with opened(tmp_path) as ledger:
-        decide(ledger, facts(Vega="Lyra"))
-        copy = tmp_path / "copy" / "ledger.db"
-        copy.parent.mkdir()
-        ledger.backup(copy)
-        with pytest.raises(LedgerError, match="File exists"):
-            ledger.backup(copy)
-    assert copy.stat().st_mode & 0o777 == 0o600
-    assert sorted(dump(copy.parent)) == sorted(dump(tmp_path))
-    with opened(copy.parent) as ledger, ledger.read() as db:
-        assert db.facts() == facts(Vega="Lyra")
-
-
-@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "data" / "ledgers").glob("*.db.gz")), ids=str)
-def test_a_ledger_of_every_earlier_schema_is_upgraded_after_a_backup(file: Path, tmp_path: Path) -> None:
-    """A ledger that an earlier kbsync wrote is copied, then upgraded: sound, and with the facts that it had."""
-    (tmp_path / "ledger.db").write_bytes(gzip.decompress(file.read_bytes()))
-    before = dump(tmp_path)
-    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        live = connection.execute("SELECT subject_id, object_id FROM fact WHERE until IS NULL").fetchall()
-    with opened(tmp_path) as ledger:
-        assert ledger.check() == []
-        with ledger.read() as db:
-            found = db.facts()
-            assert sorted((key.subject, fact.object.id) for key, fact in found.items()) == sorted(live)
-            assert all(fact.claim is not None for fact in found.values())
-    (copy,) = tmp_path.glob(f"ledger.db.{file.name[:4]}-*.backup")
-    (tmp_path / "old").mkdir()
-    copy.rename(tmp_path / "old" / "ledger.db")
-    assert sorted(dump(tmp_path / "old")) == sorted(before)
 
 
 def test_opening_and_asking_loads_no_torch(tmp_path: Path) -> None:
@@ -434,7 +282,7 @@ def test_opening_and_asking_loads_no_torch(tmp_path: Path) -> None:
 
 
 def test_the_queries_of_the_documentation_run(tmp_path: Path) -> None:
-    """The SQL of docs/ledger.md works on a ledger opened with any SQLite tool, and answers what it says."""
+    """The SQL of docs/ledger.md works on a ledger opened with any tool, and answers what it says."""
     page = (Path(__file__).parents[1] / "docs" / "ledger.md").read_text(encoding="utf-8")
     as_of, changed, conflicts = page.split("```sql")[1].split("```")[0].split(";")[:3]
     clock = Clock()
@@ -442,10 +290,9 @@ def test_the_queries_of_the_documentation_run(tmp_path: Path) -> None:
         decide(ledger, facts(Vega="Lyra"))
         clock.turn(hours=1)
         decide(ledger, facts(Vega="Draco"))
-    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        assert connection.execute(as_of).fetchall() == [("constellation", "Vega", "Lyra", "feed", "line 2")]
-        assert [row[2:5] for row in connection.execute(changed)] == [("Vega", "Lyra", "Draco")]
-        assert connection.execute(conflicts).fetchall() == []
+    assert tampered(tmp_path, as_of) == [("constellation", "Vega", "Lyra", "feed", "line 2")]
+    assert [row[2:5] for row in tampered(tmp_path, changed)] == [("Vega", "Lyra", "Draco")]
+    assert tampered(tmp_path, conflicts) == []
 
 
 def test_utc_is_what_comes_out(tmp_path: Path) -> None:
@@ -456,3 +303,24 @@ def test_utc_is_what_comes_out(tmp_path: Path) -> None:
             (row,) = db.fact_rows()
             assert row.since.tzinfo is UTC
             assert abs(datetime.now(UTC) - row.since) < timedelta(minutes=1)
+
+
+def test_check_finds_contradictions(tmp_path: Path) -> None:
+    """A sound ledger has no problems; two live objects of a key and a lost HEAD are each named."""
+    with opened(tmp_path) as ledger:
+        register(ledger)
+        decide(ledger, facts(Vega="Lyra"))
+        assert (ledger.check(), ledger.check(quick=True)) == ([], [])
+    trigger = "head_append_only ON head" if on_postgresql() else "head_no_delete"
+    tampered(
+        tmp_path,
+        "DROP INDEX fact_one_live_object",
+        f"DROP TRIGGER {trigger}",
+        "DELETE FROM head",
+        "INSERT INTO fact SELECT 77, relation, subject_id, subject_label, 'feed:Draco', 'Draco', source, origin,"
+        " status, since, until, since_run, NULL, NULL, rule FROM fact",
+    )
+    with opened(tmp_path) as ledger:
+        problems = "\n".join(ledger.check())
+    for expected in ("constellation of feed:Vega: 2 live objects", "has no HEAD"):
+        assert expected in problems

@@ -29,6 +29,8 @@ from tests.ledgers import (
     sync,
 )
 
+pytestmark = pytest.mark.usefixtures("database")
+
 HOUR = timedelta(hours=1)
 BEGINNING = datetime(2000, 1, 1, tzinfo=UTC)
 

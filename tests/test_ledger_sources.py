@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from itertools import count
@@ -18,7 +16,9 @@ from hypothesis import strategies as st
 from kbsync.errors import LedgerError
 from kbsync.facts import Entity, Provenance, QuarantinedRow, Snapshot
 from kbsync.ledger import Ledger, RecordCounts, ScheduleState, SourceState
-from tests.ledgers import NOON, RELATION, Clock, claim, claims, dump, opened, snapshot, sync
+from tests.ledgers import NOON, RELATION, Clock, claim, claims, dump, opened, snapshot, sync, tampered
+
+pytestmark = pytest.mark.usefixtures("database")
 
 
 def said(ledger: Ledger, source: str = "feed") -> dict[str, str]:
@@ -176,8 +176,7 @@ def test_a_row_that_moved_is_the_same_claim(tmp_path: Path) -> None:
         assert record(ledger, snapshot(claim("Vega", "Lyra", "line 40"))) == RecordCounts(1, 0, 0, 1, 0)
         with ledger.read() as db:
             assert db.claims_of("feed") == [claim("Vega", "Lyra", "line 40", seen=2)]
-    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        assert connection.execute("SELECT first_origin FROM claim").fetchall() == [("line 2",)]
+    assert tampered(tmp_path, "SELECT first_origin FROM claim") == [("line 2",)]
 
 
 def test_not_modified_counts_as_seen_and_keeps_the_validators(tmp_path: Path) -> None:

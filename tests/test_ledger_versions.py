@@ -26,6 +26,8 @@ from tests.ledgers import (
     version,
 )
 
+pytestmark = pytest.mark.usefixtures("database")
+
 FIRST, SECOND = "1" * 64, "2" * 64
 
 

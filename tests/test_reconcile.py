@@ -93,6 +93,7 @@ def held_keys(reconciler: Reconciler) -> set[FactKey]:
         return set(db.holds(reconciler.line().model))
 
 
+@pytest.mark.usefixtures("database")
 def test_a_feed_is_learned_a_change_of_it_is_learned_and_the_next_pass_has_nothing_to_do(made: TestWorkspace) -> None:
     first = sync(made)
     assert (first.status, first.versions, first.counts["edits"]) == ("done", [1], 5)
@@ -114,6 +115,7 @@ def test_a_feed_is_learned_a_change_of_it_is_learned_and_the_next_pass_has_nothi
     assert problems(made) == []
 
 
+@pytest.mark.usefixtures("database")
 def test_a_dry_run_shows_the_plan_and_changes_nothing(made: TestWorkspace) -> None:
     with made.open() as reconciler:
         [report] = reconciler.plan()
@@ -123,6 +125,7 @@ def test_a_dry_run_shows_the_plan_and_changes_nothing(made: TestWorkspace) -> No
     assert len(report.plan.edits) == 5
 
 
+@pytest.mark.usefixtures("database")
 def test_a_rollback_brings_the_recorded_bytes_back_and_holds_what_it_took_out(made: TestWorkspace) -> None:
     sync(made)
     recorded = hash_of(made, 1)
@@ -217,6 +220,7 @@ def test_a_withdrawn_fact_stays_or_leaves_as_the_policy_says(made: TestWorkspace
     assert knows(made, "Vega", "Orion") is still
 
 
+@pytest.mark.usefixtures("database")
 def test_a_suspicious_run_is_held_touches_nothing_and_is_applied_by_approval(made: TestWorkspace) -> None:
     many = {f"Star{number:02}": "Orion" for number in range(12)}
     made.feed(many, {name: name for name in many})
@@ -256,6 +260,7 @@ def test_a_held_plan_is_not_approved_once_head_has_moved_and_rejecting_drops_it(
             assert {fact.object.label for fact in db.facts().values()} == {"Orion"}
 
 
+@pytest.mark.usefixtures("database")
 def test_two_contradicting_rows_are_a_conflict_that_blocks_only_its_own_fact(made: TestWorkspace) -> None:
     sync(made)
     feed = made.root / "sources" / "stars.csv"
@@ -336,6 +341,7 @@ def test_a_cancelled_edit_publishes_nothing_and_the_next_pass_does_it(made: Test
     assert sync(made).versions == [1]
 
 
+@pytest.mark.usefixtures("database")
 def test_a_source_that_fails_leaves_the_ledger_as_it_was(made: TestWorkspace) -> None:
     sync(made)
     (made.root / "sources" / "stars.csv").write_text("id,wrong,header\n1,2,3\n")

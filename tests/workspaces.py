@@ -23,6 +23,7 @@ from kbsync.editor.worker import perform
 from kbsync.errors import Cancelled
 from kbsync.progress import Progress, silent
 from kbsync.reconcile import Reconciler, open_workspace
+from tests.ledgers import on_postgresql, url
 from tests.tiny import save, tiny_llama
 
 OUT_OF_REACH: dict[str, object] = {"max_relative_norm": 1000, "min_retention": "0%"}
@@ -94,7 +95,8 @@ class TestWorkspace:
     def strategy(self, **changes: object) -> None:
         """Change the strategy in kbsync.yaml; the limits that are not given stay out of reach."""
         text = ", ".join(f"{key}: {value}" for key, value in (OUT_OF_REACH | changes).items())
-        (self.root / "kbsync.yaml").write_text(CONFIG.replace(STRATEGY, text))
+        ledger = f"ledger: {url(self.root)}\n" if on_postgresql() else ""
+        (self.root / "kbsync.yaml").write_text(CONFIG.replace(STRATEGY, text) + ledger)
 
     def policy(self, extra: str = "    retract: keep") -> None:
         """Write the policy; `extra` are lines of the relation."""
@@ -114,11 +116,11 @@ def workspace(root: Path, rows: Mapping[str, str]) -> TestWorkspace:
     save(tiny_llama(), root / "model")
     for folder in ("sources", "policies"):
         (root / folder).mkdir()
-    (root / "kbsync.yaml").write_text(CONFIG)
     (root / "preset.yaml").write_text(PRESET)
     (root / "sources" / "stars.yaml").write_text(SOURCE)
     (root / "policies" / "controls.txt").write_text("Danielle\nItaly\n")
     made = TestWorkspace(root)
+    made.strategy()
     made.policy()
     made.feed(rows)
     return made

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, SelectBase, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, StatementError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, StatementError
 from sqlalchemy.schema import CreateTable, DropTable
 
 from kbsync.errors import Busy, KbsyncError, LedgerError, UsageError
@@ -38,6 +38,7 @@ __all__ = [
     "integrity_problems",
     "journal_mode",
     "mark_as_ledger",
+    "place_of",
     "reading",
     "temporary",
     "translated",
@@ -51,8 +52,14 @@ APPLICATION_ID = 0x6B627379
 BUSY_TIMEOUT = 5000
 """Milliseconds that a writer waits for another one."""
 
+CONNECT_TIMEOUT = 10
+"""Seconds that a server may take to answer."""
+
 BATCH = 10_000
 """Rows per executemany: large enough for the rate to be flat, small enough not to hold a feed twice in memory."""
+
+_LOCK_NOT_AVAILABLE = "55P03"
+"""PostgreSQL's code for a lock that was not had within `lock_timeout` (postgresql.org/docs, Appendix A)."""
 
 _WRITER_LOCK = 0x6B627379
 """Key of PostgreSQL's advisory lock that makes writers take turns, as SQLite's BEGIN IMMEDIATE does."""
@@ -69,13 +76,38 @@ def engine_for(url: str, *, create: bool) -> Engine:
         file = database_file(address)
         if file is not None:
             _ensure_file(file, create=create)
-        engine = create_engine(address)
-    except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        raise UsageError(f"ledger URL is not usable: {error}", hint="for instance sqlite:///data/ledger.db") from error
+        engine = create_engine(address) if file is not None else _server_engine(address)
+    except ImportError as error:
+        hint = "pip install 'kbsync[postgres]'" if error.name == "psycopg" else _EXAMPLE
+        raise UsageError(f"ledger URL is not usable: {error}", hint=hint) from error
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
+        # `from None` and without its text: a URL that cannot be parsed may hold a password anywhere.
+        raise UsageError(f"ledger URL is not usable: {_unusable(error)}", hint=_EXAMPLE) from None
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin)
     return engine
+
+
+_EXAMPLE = "for instance sqlite:///data/ledger.db or postgresql+psycopg://user@host/database"
+
+
+def _unusable(error: Exception) -> str:
+    return str(error) if isinstance(error, NoSuchModuleError) else "it is no SQLAlchemy URL"
+
+
+def _server_engine(address: URL) -> Engine:
+    """An engine that notices when the server was restarted. Raises UsageError for any but PostgreSQL by psycopg."""
+    if address.get_dialect().driver != "psycopg":
+        raise UsageError(f"ledger URL is not usable: {address.drivername} is not supported", hint=_EXAMPLE)
+    patience = {} if "connect_timeout" in address.query else {"connect_timeout": CONNECT_TIMEOUT}
+    return create_engine(address, pool_pre_ping=True, connect_args=patience)
+
+
+def place_of(url: URL) -> str:
+    """How a ledger is named in messages: its URL without password and options, which may hold secrets, too."""
+    shown = {name: value for name, value in url.query.items() if name in ("host", "port")}
+    return url.set(query=shown).render_as_string(hide_password=True)
 
 
 def database_file(url: URL) -> Path | None:
@@ -133,6 +165,7 @@ def _begin(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
     elif writing:
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {BUSY_TIMEOUT}")
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
 
 
@@ -144,33 +177,54 @@ def translated(place: str) -> Iterator[None]:
     except KbsyncError:
         raise
     except (StatementError, sqlite3.Error) as error:
-        cause = str(getattr(error, "orig", None) or error)
-        if "locked" in cause:
+        origin = getattr(error, "orig", None) or error
+        cause = " ".join(str(origin).split())  # PostgreSQL explains itself in several lines
+        if "locked" in cause or getattr(origin, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
             seconds = BUSY_TIMEOUT // 1000
             raise Busy(f"{place}: another process has been writing for {seconds} s", hint="try again") from error
-        raise LedgerError(f"{place}: {cause}", hint="kbsync verify") from error
+        raise LedgerError(f"{place}: {cause}", hint=_hint(error)) from error
+
+
+def _hint(error: Exception) -> str:
+    lost = isinstance(error, DBAPIError) and error.connection_invalidated
+    unreachable = isinstance(error, OperationalError) and not isinstance(error.orig, sqlite3.Error)
+    return "see that the server runs, then try again" if lost or unreachable else "kbsync verify"
 
 
 def bulk_insert(connection: Connection, table: Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
     """Insert rows of values in the order of `columns`; their number.
 
-    Goes past SQLAlchemy's parameter dictionaries, which halve the rate.
+    Goes past SQLAlchemy's parameter dictionaries, which halve the rate: executemany in SQLite, COPY in PostgreSQL.
     """
     dialect = connection.dialect
     quote = dialect.identifier_preparer.quote
-    placeholder = "?" if dialect.paramstyle == "qmark" else "%s"
-    names = ", ".join(quote(name) for name in columns)
-    values = ", ".join(placeholder for _ in columns)
-    statement = f"INSERT INTO {quote(table.name)} ({names}) VALUES ({values})"  # noqa: S608  # names of our own schema
+    target = f"{quote(table.name)} ({', '.join(quote(name) for name in columns)})"
     processors = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in columns]
+    put = _insert_batch if dialect.name == "sqlite" else _copy_batch
     plain = not any(processors)
     done, source = 0, iter(rows)
     while batch := [tuple(row) for row in islice(source, BATCH)]:
         if not plain:
             batch = [tuple(p(v) if p else v for p, v in zip(processors, row, strict=True)) for row in batch]
-        connection.exec_driver_sql(statement, batch)
+        put(connection, target, batch)
         done += len(batch)
     return done
+
+
+def _insert_batch(connection: Connection, target: str, batch: list[tuple[Any, ...]]) -> None:
+    values = ", ".join("?" for _ in batch[0])
+    connection.exec_driver_sql(f"INSERT INTO {target} VALUES ({values})", batch)  # noqa: S608  # our own schema's names
+
+
+def _copy_batch(connection: Connection, target: str, batch: list[tuple[Any, ...]]) -> None:
+    statement = f"COPY {target} FROM STDIN"
+    driver = connection.dialect.loaded_dbapi
+    try:
+        with closing(connection.connection.cursor()) as cursor, cursor.copy(statement) as copy:
+            for row in batch:
+                copy.write_row(row)
+    except driver.Error as error:
+        raise DBAPIError.instance(statement, None, error, driver.Error, dialect=connection.dialect) from error
 
 
 class Session:
@@ -185,7 +239,7 @@ def reading(engine: Engine) -> Connection:
     connection = engine.connect()
     if engine.dialect.name == "sqlite":
         return connection  # a deferred BEGIN does that
-    return connection.execution_options(isolation_level="REPEATABLE READ")
+    return connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
 
 def writing(engine: Engine) -> Connection:

@@ -39,7 +39,7 @@ class Ledger:
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self._engine = engine
         self._clock = clock
-        self._place = engine.url.render_as_string(hide_password=True)
+        self._place = database.place_of(engine.url)
 
     @classmethod
     def open(cls, url: str, *, create: bool = True, clock: Clock = _utc_now) -> Ledger:
