@@ -75,6 +75,13 @@ def test_the_migrations_make_what_the_tables_declare(tmp_path: Path) -> None:
         assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
 
 
+def test_every_test_of_the_ledger_runs_on_both_databases() -> None:
+    """Every module `test_ledger…` asks for both, but that about SQLite's own ways."""
+    modules = sorted(Path(__file__).parent.glob("test_ledger*.py"))
+    without = [module.name for module in modules if 'usefixtures("database")' not in module.read_text("utf-8")]
+    assert without == ["test_ledger_sqlite.py"]
+
+
 def test_the_newest_revision_is_the_one_that_opening_asks_for() -> None:
     """`REVISION` spares loading Alembic; it must not fall behind."""
     scripts = Path(database.__file__).parent / "migrations"

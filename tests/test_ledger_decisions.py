@@ -11,6 +11,8 @@ from kbsync.facts import Ruling, Waiting
 from kbsync.policy import Policy
 from tests.ledgers import MODEL, NOON, RELATION, Clock, decide, facts, key, opened, register, sync
 
+pytestmark = pytest.mark.usefixtures("database")
+
 POLICY = Policy.model_validate(
     {
         "policy": "astronomy",
