@@ -101,7 +101,9 @@ class Place:
         try:
             if path.stat().st_size > LARGEST_TEXT:
                 raise ValueError(f"{location} is larger than {LARGEST_TEXT:,} bytes")
-            return path.read_text(encoding="utf-8")
+            if not path.is_file():
+                raise ValueError(f"{location} is not a regular file")
+            return path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ValueError(f"{location} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
