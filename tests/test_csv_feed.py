@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kbsync.connectors import Connector, known_types, make_connector
-from kbsync.connectors.table import DELIMITERS, BadTable, Table, decode
+from kbsync.connectors.table import DELIMITERS, BadTable, Table
 from kbsync.errors import SourceBlocked, SourceError, SourceInvalid, SourceUnavailable
 from kbsync.facts import Snapshot
 from kbsync.policy import Source
@@ -273,7 +273,7 @@ def test_a_wrong_declaration_names_its_key(tmp_path: Path, keys: dict[str, Any],
 def test_connectors_are_found_by_their_entry_points(tmp_path: Path) -> None:
     """An unknown type names the known ones."""
     assert {"csv", "sparql"} <= set(known_types())
-    with pytest.raises(ValidationError, match="csv, sparql"):
+    with pytest.raises(ValidationError, match="csv, jsonl, sparql"):
         connector(tmp_path, type="excel")
 
 
@@ -347,8 +347,8 @@ def test_a_feed_that_fails_gives_no_snapshot(
 def test_any_bytes_are_a_table_or_an_error(body: bytes) -> None:
     """No file can raise anything but BadTable, and each record has a line."""
     with contextlib.suppress(BadTable):
-        table = Table(decode(b"name,constellation\n" + body), cells=["name", "constellation"])
-        lines = [line for line, _ in table.records()]
+        table = Table(b"name,constellation\n" + body, {"name": "columns.subject", "constellation": "columns.object"})
+        lines = [line for line, _, _ in table]
         assert lines == sorted(set(lines))
         assert all(line > 1 for line in lines)
 
