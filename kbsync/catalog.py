@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Catalog", "load_catalog"]
 
+ROWS_WITH_COLUMNS = ("csv", "jsonl", "sql")
+"""Types whose objects are in the source's own id space, unless it says `object_ids`."""
+
 _EXAMPLE_CONTACT = re.compile(r"\bexample\.(?:com|net|org)\b")
 
 DeclaredT = TypeVar("DeclaredT", Source, Policy)
@@ -139,7 +142,7 @@ def _object_space(source: Source) -> str:
     """The id space of the source's objects, as far as its file says."""
     if source.match == "label":
         return source.space
-    return str(source.options.get("object_ids", source.source if source.type == "csv" else source.space))
+    return str(source.options.get("object_ids", source.source if source.type in ROWS_WITH_COLUMNS else source.space))
 
 
 def _declared(folder: Path, model: type[DeclaredT], key: str) -> tuple[dict[str, Document], dict[str, DeclaredT]]:

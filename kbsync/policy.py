@@ -51,7 +51,7 @@ def _seconds(value: object) -> object:
 
 Share = Annotated[float, BeforeValidator(_share), Field(ge=0)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
-Name = Annotated[str, Field(pattern=_NAME.pattern + r"$")]
+Name = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
 
 
 class _Strict(BaseModel):

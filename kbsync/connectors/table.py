@@ -49,7 +49,7 @@ def missing_columns(wanted: Mapping[str, str], present: Sequence[str], *, place:
     keys = ", ".join(dict.fromkeys(wanted[name] for name in missing))
     return BadTable(
         f"{place} has no column {printable('; '.join(parts), 300)}{unused}",
-        hint=f"nothing was changed; if a column has a new name, put it into {keys}; else correct the feed",
+        hint=f"nothing was changed; if a column has a new name, put it into {keys}, then `kbsync sync`",
     )
 
 
