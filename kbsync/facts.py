@@ -207,8 +207,7 @@ class Snapshot:
 
     @property
     def complete(self) -> bool:
-        """Whether an absent subject is withdrawn (by an increment: a covered one): not while there is a bad row that does
-        not name its subject."""
+        """Whether an absent subject is withdrawn (by an increment: a covered one): not while a bad row names none."""
         return self.whole and all(row.subject_id for row in self.quarantined)
 
     @property

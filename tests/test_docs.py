@@ -14,7 +14,9 @@ from pydantic import BaseModel
 
 from kbsync.cli import app
 from kbsync.config import Settings
-from kbsync.connectors.csv_feed import Columns, CsvOptions
+from kbsync.connectors.columns import Aliases, Cell, Columns
+from kbsync.connectors.csv_feed import CsvOptions
+from kbsync.connectors.feed import Minisign
 from kbsync.connectors.sparql import SparqlOptions
 from kbsync.editor.job import ExecutorSettings
 from kbsync.ledger.schema import metadata
@@ -29,7 +31,10 @@ MODELS: list[type[BaseModel]] = [
     ExecutorSettings,
     Source,
     CsvOptions,
+    Minisign,
     Columns,
+    Cell,
+    Aliases,
     SparqlOptions,
     Policy,
     Relation,

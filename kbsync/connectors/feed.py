@@ -35,7 +35,7 @@ from kbsync.errors import SourceInvalid
 from kbsync.facts import Provenance, Snapshot, digest_of
 from kbsync.policy import Name, Source
 
-__all__ = ["FeedConnector", "FeedOptions", "Mapped", "Records", "RowOptions"]
+__all__ = ["FeedConnector", "FeedOptions", "Mapped", "Minisign", "Records", "RowOptions"]
 
 RecordT = TypeVar("RecordT")
 
