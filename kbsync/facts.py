@@ -22,6 +22,7 @@ __all__ = [
     "Claim",
     "Conflict",
     "ConflictKind",
+    "Difference",
     "EditRequest",
     "Entity",
     "Entry",
@@ -214,6 +215,26 @@ class Snapshot:
     def rows(self) -> int:
         """Rows read, good and quarantined."""
         return sum(not isinstance(entry, Alias) for entry in self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How a snapshot differs from its source's last accepted one, in numbers: what the guard judges.
+
+    `complete`: it speaks about every subject. `rows`: read, good or bad. `claims_before`, `claims`: distinct good rows.
+    `subjects`: claimed before; of these `changed` (anything that is said of them) and `removed` (absent, also from the
+    rows in quarantine; none where the snapshot's silence means nothing); `added`: not claimed before.
+    """
+
+    source: str
+    complete: bool
+    rows: int
+    claims_before: int
+    claims: int
+    subjects: int
+    changed: int = 0
+    added: int = 0
+    removed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,9 +35,9 @@ def take_in(db: Writer, policy: Policy, run: int, snapshots: Sequence[Snapshot])
     reasons: list[str] = []
     counts = dict.fromkeys(("rows", "added", "ended", "quarantined"), 0)
     for snapshot in snapshots:
-        before, first = db.claims_of(snapshot.source), db.last_accepted(snapshot.source) is None
-        reasons += check_guard(before, snapshot, policy.guard, first=first)
         recorded = db.record(run, snapshot)
+        if recorded.difference is not None:
+            reasons += check_guard(recorded.difference, policy.guard)
         for name in counts:
             counts[name] += getattr(recorded, name)
     relations = tuple(policy.wording())

@@ -1,7 +1,7 @@
 """Desired facts against those that a version holds -> Plan (pure), and the guards that stop a suspicious run.
 
     plan = make_plan(desired, applied, holds, policy.wording(), model=model, head=7)
-    reasons = check_guard(claims_before, snapshot, policy.guard, first=False) + check_edits(plan, policy.guard)
+    reasons = check_guard(difference, policy.guard) + check_edits(plan, policy.guard)
 
 Planning again after a plan has been carried out gives an empty plan, and what the weights hold then has at most one
 target per prompt (MEMIT's Eqn 5 for text), holds and relations of other policies included.
@@ -9,12 +9,11 @@ target per prompt (MEMIT's Eqn 5 for text), holds and relations of other policie
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from kbsync.facts import Applied, Claim, EditRequest, Fact, FactKey, Hold, Snapshot, digest_of
+from kbsync.facts import Applied, Difference, EditRequest, Fact, FactKey, Hold, digest_of
 from kbsync.policy import Guard, Inverse, Relation, render
 from kbsync.resolve import keep_apart
 
@@ -32,9 +31,6 @@ __all__ = [
 ]
 
 EditKind = Literal["added", "changed", "re-rendered", "kept"]
-
-_Said = Mapping[FactKey, set[tuple[object, ...]]]
-"""The distinct things that are said of each key."""
 
 GUARDED_ROWS = 10
 """Rows of the last accepted snapshot from which on percentages count: of three rows one is 33 %, and no alarm."""
@@ -246,33 +242,31 @@ def carried(keep: Mapping[FactKey, Applied], desired: Mapping[FactKey, Fact]) ->
     return found
 
 
-def check_guard(before: Sequence[Claim], snapshot: Snapshot, guard: Guard, *, first: bool) -> list[str]:
-    """Why a snapshot looks suspicious beside the claims of its source's last accepted one; [] where it does not.
+def check_guard(found: Difference, guard: Guard) -> list[str]:
+    """Why a snapshot looks suspicious beside its source's last accepted one; [] where it does not.
 
-    Shares are of the subjects claimed before, and count from 10 rows on. A subject has changed if its rows say anything
-    else than before (labels, ranks and dates too); one in quarantine is present. `min_rows` compares good rows with
-    good rows. A partial snapshot says nothing by what it lacks, an increment nothing by what it does not cover.
-    `first`: the source has no accepted snapshot yet, and nothing to compare with.
+    Shares are of the subjects claimed before, and count from 10 rows on. `min_rows` compares good rows with good rows.
+    A partial snapshot says nothing by what it lacks, an increment nothing by what it does not cover.
     """
-    if first or snapshot.not_modified or not before:
+    if found.complete and not found.rows and found.claims_before:
+        return [f"{found.source}: no rows, {found.claims_before} before: a source does not become empty"]
+    if found.claims_before < GUARDED_ROWS:
         return []
-    all_of_it = snapshot.complete and snapshot.covers is None
-    if all_of_it and not snapshot.rows:
-        return [f"{snapshot.source}: no rows, {len(before)} before: a source does not become empty"]
-    old, new = _said(before), _said(snapshot.claims)
-    rows, rows_before = _rows(new), _rows(old)
-    if rows_before < GUARDED_ROWS:
-        return []
+    counts = (
+        ("changed", found.changed, guard.max_changed),
+        ("added", found.added, guard.max_added),
+        ("removed", found.removed, guard.max_removed),
+    )
     reasons = [
-        f"{snapshot.source}: {count} of {len(old)} subjects {what} ({count / len(old):.1%}), max_{what} is {limit:.1%}"
-        for what, count, limit in _differences(old, new, snapshot, guard)
-        if _more(count, limit * len(old))
+        f"{found.source}: {count} of {found.subjects} subjects {what} ({count / found.subjects:.1%}), "
+        f"max_{what} is {limit:.1%}"
+        for what, count, limit in counts
+        if count and _more(count, limit * found.subjects)
     ]
-    if all_of_it and _more(guard.min_rows * rows_before, rows):
-        share = f"{rows / rows_before:.1%}"
-        reasons.append(
-            f"{snapshot.source}: {rows} of {rows_before} good rows ({share}), min_rows is {guard.min_rows:.1%}"
-        )
+    if found.complete and _more(guard.min_rows * found.claims_before, found.claims):
+        share = f"{found.claims / found.claims_before:.1%}"
+        rows = f"{found.claims} of {found.claims_before} good rows ({share})"
+        reasons.append(f"{found.source}: {rows}, min_rows is {guard.min_rows:.1%}")
     return reasons
 
 
@@ -364,28 +358,6 @@ def _edits(final: Mapping[FactKey, _Wanted], ours: Mapping[FactKey, Applied]) ->
 
 
 # Guard arithmetic --------------------------------------------------------------------------------------------------
-
-
-def _said(claims: Iterable[Claim]) -> _Said:
-    """What is said of each key, wherever it stands: the same row twice is one, a moved row is the same."""
-    found: defaultdict[FactKey, set[tuple[object, ...]]] = defaultdict(set)
-    for claim in claims:
-        found[claim.key].add((claim.subject, claim.object, claim.rank, claim.start, claim.end))
-    return dict(found)
-
-
-def _differences(old: _Said, new: _Said, snapshot: Snapshot, guard: Guard) -> Iterator[tuple[str, int, float]]:
-    """What differs, in how many subjects, and which share of them the guard lets through."""
-    yield "changed", sum(1 for key in old.keys() & new.keys() if old[key] != new[key]), guard.max_changed
-    yield "added", len(new.keys() - old.keys()), guard.max_added
-    if snapshot.complete:
-        present, covers = {row.subject_id for row in snapshot.quarantined}, snapshot.covers
-        gone = [key.subject for key in old.keys() - new.keys() if covers is None or key.subject in covers]
-        yield "removed", sum(1 for subject in gone if subject not in present), guard.max_removed
-
-
-def _rows(said: _Said) -> int:
-    return sum(len(each) for each in said.values())
 
 
 def _more(count: float, limit: float) -> bool:

@@ -22,6 +22,7 @@ from kbsync.facts import (
     Applied,
     Claim,
     Conflict,
+    Difference,
     EditRequest,
     Entity,
     Fact,
@@ -170,6 +171,33 @@ def snapshot(
     provenance = more.pop("provenance", None) or Provenance("feed.csv", NOON, 200, "ab" * 32, etag='"1"')
     content = (*map(said, claims), *quarantined)
     return Snapshot(source, relation, provenance, content, whole=complete, **more)
+
+
+def difference(before: Iterable[Claim], after: Snapshot) -> Difference:
+    """How a snapshot differs from the claims before it, worked out row by row."""
+    old, new = _said_of(before), _said_of(after.claims)
+    present, covers = {row.subject_id for row in after.quarantined}, after.covers
+    gone = {key for key in old.keys() - new.keys() if covers is None or key.subject in covers}
+    return Difference(
+        source=after.source,
+        complete=after.complete and covers is None,
+        rows=after.rows,
+        claims_before=sum(map(len, old.values())),
+        claims=sum(map(len, new.values())),
+        subjects=len(old),
+        changed=sum(old[key] != new[key] for key in old.keys() & new.keys()),
+        added=len(new.keys() - old.keys()),
+        removed=sum(key.subject not in present for key in gone) if after.complete else 0,
+    )
+
+
+def _said_of(claims: Iterable[Claim]) -> dict[FactKey, set[Any]]:
+    """What is said of each key, wherever it stands: the same row twice is one."""
+    found: dict[FactKey, set[Any]] = {}
+    for one in claims:
+        content = (one.subject, one.object, one.rank, one.start, one.end, one.qualifiers)
+        found.setdefault(one.key, set()).add(content)
+    return found
 
 
 def fact(subject: str, object_: str, **more: Any) -> Fact:

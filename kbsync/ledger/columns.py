@@ -18,6 +18,8 @@ __all__ = [
     "Json",
     "LedgerTable",
     "UtcTime",
+    "canonical",
+    "ended_index",
     "flag",
     "json_value",
     "key",
@@ -62,6 +64,11 @@ class UtcTime(TypeDecorator[datetime]):
         return moment.astimezone(UTC)
 
 
+def canonical(value: object) -> str:
+    """The one text of a JSON value: sorted keys, no spaces. Raises ValueError for NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 class Json(TypeDecorator[Any]):
     """A JSON value as canonical text: sorted keys, no spaces. Raises ValueError for NaN and infinities, which are no
     JSON."""
@@ -71,9 +78,7 @@ class Json(TypeDecorator[Any]):
 
     def process_bind_param(self, value: Any, _dialect: Dialect) -> str | None:
         """The canonical text."""
-        if value is None:
-            return None
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return None if value is None else canonical(value)
 
     def process_result_value(self, value: str | None, _dialect: Dialect) -> Any:
         """The value."""
@@ -159,3 +164,9 @@ def live_index(name: str, end: str, *columns: str, unique: bool = True) -> Index
     """An index over the rows that have not ended; UNIQUE: at most one of them."""
     where = column(end).is_(None)
     return Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
+
+
+def ended_index(name: str, end: str) -> Index:
+    """An index over the rows that have ended, by when."""
+    where = column(end).is_not(None)
+    return Index(name, end, sqlite_where=where, postgresql_where=where)

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, SelectBase, Table, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, Select, SelectBase, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, StatementError
@@ -34,6 +34,7 @@ __all__ = [
     "database_file",
     "engine_for",
     "insert_from",
+    "insert_new",
     "insert_row",
     "integrity_problems",
     "journal_mode",
@@ -264,6 +265,13 @@ def insert_from(connection: Connection, table: Table, columns: Sequence[str], ro
     return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount
 
 
+def insert_new(connection: Connection, table: Table, columns: Sequence[str], rows: Select[Any]) -> int:
+    """INSERT ... SELECT, but for rows whose primary key is there already (the first one stays); how many that were."""
+    make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = make(table).from_select(columns, rows).on_conflict_do_nothing()
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount
+
+
 def upsert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert rows, or update those whose primary key is there."""
     if not rows:
@@ -285,10 +293,11 @@ def temporary(connection: Connection, *tables: Table) -> Iterator[None]:
         connection.execute(DropTable(table))
 
 
-def analyze(connection: Connection, table: Table) -> None:
-    """Tell PostgreSQL how large a staging table has become; SQLite plans by its indexes alone."""
+def analyze(connection: Connection, *tables: Table) -> None:
+    """Tell PostgreSQL how large staging tables have become; SQLite plans by its indexes alone."""
     if connection.dialect.name != "sqlite":
-        connection.execute(text(f"ANALYZE {table.name}"))
+        for table in tables:
+            connection.execute(text(f"ANALYZE {table.name}"))
 
 
 def append_only(connection: Connection, table: str) -> None:

@@ -1,4 +1,4 @@
-"""Merges a snapshot into its source's claims: set-based SQL over a TEMP staging table, so that a million rows that say
+"""Merges a snapshot into its source's claims: set-based SQL over TEMP staging tables, so that a million rows that say
 nothing new cost a comparison each and no write.
 
     incoming rows ──match──▶ claims said again     no write, but where the row moved in the source
@@ -8,38 +8,41 @@ nothing new cost a comparison each and no write.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import count
+from typing import Any
 
 from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
-    Index,
     Integer,
     MetaData,
     Table,
     Text,
     and_,
     bindparam,
+    case,
+    delete,
     func,
     literal,
     or_,
     select,
+    union_all,
     update,
 )
 
 from kbsync.errors import LedgerError
-from kbsync.facts import Snapshot
+from kbsync.facts import Alias, Difference, QuarantinedRow, Snapshot
 from kbsync.ledger import schema
-from kbsync.ledger.database import analyze, bulk_insert, insert_from, insert_row, temporary
+from kbsync.ledger.columns import canonical
+from kbsync.ledger.database import analyze, bulk_insert, insert_from, insert_new, insert_row, temporary
 from kbsync.ledger.records import RecordCounts
 
 __all__ = ["record"]
 
 _CONTENT = (
-    "relation",
     "subject_id",
     "subject_label",
     "object_id",
@@ -49,7 +52,7 @@ _CONTENT = (
     "valid_to",
     "qualifiers",
 )
-"""What makes two rows the same claim: all that a source says, but not where it says it."""
+"""What makes two rows of a relation the same claim: all that a source says, but not where it says it."""
 
 _OPTIONAL = ("valid_from", "valid_to", "qualifiers")
 
@@ -58,14 +61,50 @@ _incoming = Table(
     "incoming",
     _metadata,
     Column("position", Integer, primary_key=True),
-    *(Column(name, schema.claim.c[name].type) for name in _CONTENT),
+    *(Column(name, schema.claim.c[name].type) for name in _CONTENT[:-1]),
+    Column("qualifiers", Text),  # canonical JSON as `claim` keeps it: a million rows pass no type of ours
     Column("origin", Text),
-    Column("claim_id", Integer),
     prefixes=["TEMPORARY"],
 )
-_covered = Table("covered", _metadata, Column("subject_id", Text, primary_key=True), prefixes=["TEMPORARY"])
+_matched = Table(
+    "matched",
+    _metadata,
+    Column("position", Integer, primary_key=True),
+    Column("claim_id", Integer),
+    Column("moved", Integer),
+    Column("paused", Integer),
+    prefixes=["TEMPORARY"],
+)
+_said = Table(
+    "said",
+    _metadata,
+    Column("claim_id", Integer, primary_key=True),
+    Column("position", Integer),
+    Column("moved", Integer),
+    Column("paused", Integer),
+    prefixes=["TEMPORARY"],
+)
 _unsaid = Table("unsaid", _metadata, Column("claim_id", Integer, primary_key=True), prefixes=["TEMPORARY"])
+_covered = Table("covered", _metadata, Column("subject_id", Text, primary_key=True), prefixes=["TEMPORARY"])
 _claim, _fetch, _quarantine = schema.claim, schema.fetch, schema.quarantine
+
+
+@dataclass(slots=True)
+class _Read:
+    """What the content of a snapshot turned out to be, once it has been staged."""
+
+    good: int = 0
+    quarantined: list[QuarantinedRow] = field(default_factory=list)
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows read, good and quarantined."""
+        return self.good + len(self.quarantined)
+
+    def complete(self, snapshot: Snapshot) -> bool:
+        """See `Snapshot.complete`."""
+        return snapshot.whole and all(row.subject_id for row in self.quarantined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +114,12 @@ class _Fetch:
     id: int
     number: int
     snapshot: Snapshot
+    read: _Read
+
+    @property
+    def complete(self) -> bool:
+        """See `Snapshot.complete`."""
+        return self.read.complete(self.snapshot)
 
     @property
     def live(self) -> ColumnElement[bool]:
@@ -82,8 +127,13 @@ class _Fetch:
         return and_(_claim.c.source == self.snapshot.source, _claim.c.until_fetch.is_(None))
 
     @property
+    def new(self) -> ColumnElement[bool]:
+        """Which claims this fetch began."""
+        return _claim.c.since_fetch == self.id
+
+    @property
     def spoken_about(self) -> ColumnElement[bool]:
-        """Which of them the snapshot speaks about: all, or those of the subjects that an increment covers."""
+        """Which of the live ones the snapshot speaks about: all, or those of the subjects that an increment covers."""
         if self.snapshot.covers is None:
             return self.live
         return and_(self.live, _claim.c.subject_id.in_(select(_covered.c.subject_id)))
@@ -91,23 +141,29 @@ class _Fetch:
 
 def record(connection: Connection, run_id: int, snapshot: Snapshot, now: datetime) -> RecordCounts:
     """Make the source's live claims what the snapshot says; see `Writer.record`."""
-    fetch = _accept(connection, run_id, snapshot, now)
     if snapshot.not_modified:
-        return _vouched_for(connection, fetch)
-    _merge_quarantine(connection, fetch)
-    before = connection.scalar(select(func.count()).where(fetch.live)) or 0
-    with temporary(connection, _incoming, _unsaid, _covered):
-        bulk_insert(connection, _covered, ("subject_id",), ((id_,) for id_ in sorted(snapshot.covers or ())))
-        _stage(connection, snapshot)
-        _match(connection, fetch)
-        unsaid, ended = _end_unsaid(connection, fetch)
+        return _vouched_for(connection, _accept(connection, run_id, snapshot, _Read(), now))
+    with temporary(connection, _incoming, _matched, _said, _unsaid, _covered):
+        fetch = _accept(connection, run_id, snapshot, _stage(connection, snapshot), now)
+        _merge_quarantine(connection, fetch)
+        before, said, unsaid = _match(connection, fetch)
+        fresh = connection.scalar(select(func.count()).where(_matched.c.claim_id.is_(None))) or 0
+        subjects = _subjects(connection, fetch) if fetch.number > 1 and (fresh or unsaid) else 0
+        ended = _end_unsaid(connection, fetch) if unsaid else 0
         _resume(connection, fetch)
         _move(connection)
-        added = _add(connection, fetch)
-    return RecordCounts(snapshot.rows, added, ended, before - unsaid, len(snapshot.quarantined))
+        added = _add(connection, fetch) if fresh else 0
+        difference = None
+        if fetch.number > 1:
+            changed, new, removed = _differences(connection, fetch) if fresh or unsaid else (0, 0, 0)
+            all_of_it = fetch.complete and snapshot.covers is None
+            rows = (fetch.read.rows, before, said + added)
+            difference = Difference(snapshot.source, all_of_it, *rows, subjects, changed, new, removed)
+    rows_read, quarantined = fetch.read.rows, len(fetch.read.quarantined)
+    return RecordCounts(rows_read, added, ended, before - unsaid, quarantined, difference)
 
 
-def _accept(connection: Connection, run_id: int, snapshot: Snapshot, now: datetime) -> _Fetch:
+def _accept(connection: Connection, run_id: int, snapshot: Snapshot, read: _Read, now: datetime) -> _Fetch:
     """The fetch's own row. A 304 carries the validators and the body's hash of the fetch that it vouches for."""
     query = select(_fetch).where(_fetch.c.source == snapshot.source).order_by(_fetch.c.number.desc()).limit(1)
     previous = connection.execute(query).one_or_none()
@@ -133,14 +189,14 @@ def _accept(connection: Connection, run_id: int, snapshot: Snapshot, now: dateti
         "etag": etag,
         "last_modified": modified,
         "declaration": declaration,
-        "complete": snapshot.complete and snapshot.covers is None,
+        "complete": read.complete(snapshot) and snapshot.covers is None,
         "not_modified": snapshot.not_modified,
-        "rows": snapshot.rows,
+        "rows": read.rows,
         "as_of": seen.as_of,
         "cursor": seen.cursor,
         "verified": seen.verified,
     }
-    return _Fetch(insert_row(connection, _fetch, row), number, snapshot)
+    return _Fetch(insert_row(connection, _fetch, row), number, snapshot, read)
 
 
 def _vouched_for(connection: Connection, fetch: _Fetch) -> RecordCounts:
@@ -162,7 +218,7 @@ def _merge_quarantine(connection: Connection, fetch: _Fetch) -> None:
         for row in connection.execute(query)
         if covers is None or row.subject_id in covers
     }
-    rows = dict.fromkeys((row.origin, row.reason, row.raw, row.subject_id) for row in fetch.snapshot.quarantined)
+    rows = dict.fromkeys((row.origin, row.reason, row.raw, row.subject_id) for row in fetch.read.quarantined)
     gone = [{"row_id": id_} for content, id_ in live.items() if content not in rows]
     if gone:
         statement = update(table).where(table.c.id == bindparam("row_id")).values(until_fetch=fetch.id)
@@ -171,36 +227,76 @@ def _merge_quarantine(connection: Connection, fetch: _Fetch) -> None:
     bulk_insert(connection, table, columns, ((source, *row, fetch.id) for row in rows if row not in live))
 
 
-def _stage(connection: Connection, snapshot: Snapshot) -> None:
-    said = (entry for entry in snapshot.content if isinstance(entry, tuple))
-    rows = (
-        (position, snapshot.relation, *row[:7], [list(pair) for pair in row[7]] or None, row[8])
-        for position, row in zip(count(), said)
-    )
-    bulk_insert(connection, _incoming, ("position", *_CONTENT, "origin"), rows)
+def _stage(connection: Connection, snapshot: Snapshot) -> _Read:
+    """Every good row into `incoming`; the rest is what comes back."""
+    covered = ((subject,) for subject in sorted(snapshot.covers or ()))
+    bulk_insert(connection, _covered, ("subject_id",), covered)
+    read = _Read()
+    read.good = bulk_insert(connection, _incoming, ("position", *_CONTENT, "origin"), _good_rows(snapshot, read))
     analyze(connection, _incoming)
+    return read
 
 
-def _match(connection: Connection, fetch: _Fetch) -> None:
-    """Each staged row learns which live claim it repeats, if any."""
+def _good_rows(snapshot: Snapshot, read: _Read) -> Iterator[Sequence[Any]]:
+    position = 0
+    for entry in snapshot.content:
+        if type(entry) is tuple:
+            position += 1
+            if entry[7]:
+                pairs = [list(pair) for pair in entry[7]]
+                yield (position, *entry[:7], canonical(pairs), entry[8])
+            else:
+                yield (position, *entry[:7], None, entry[8])
+        elif isinstance(entry, QuarantinedRow):
+            read.quarantined.append(entry)
+        elif isinstance(entry, Alias):
+            read.aliases[entry.entity_id] = (*read.aliases.get(entry.entity_id, ()), entry.label)
+
+
+def _match(connection: Connection, fetch: _Fetch) -> tuple[int, int, int]:
+    """Each staged row learns which live claim it repeats, if any: how many claims were live, how many of them are said
+    again, and how many not that the snapshot speaks about."""
     same = [_claim.c[name].is_not_distinct_from(_incoming.c[name]) for name in _CONTENT if name in _OPTIONAL]
     same += [_claim.c[name] == _incoming.c[name] for name in _CONTENT if name not in _OPTIONAL]
-    claim_id = select(_claim.c.id).where(fetch.live, *same).limit(1).correlate(_incoming).scalar_subquery()
-    connection.execute(update(_incoming).values(claim_id=claim_id))
+    again = and_(fetch.live, _claim.c.relation == fetch.snapshot.relation, *same)
+    moved = case((_claim.c.origin != _incoming.c.origin, 1), else_=0)
+    paused = case((_claim.c.seen_to.is_not(None), 1), else_=0)
+    rows = select(_incoming.c.position, _claim.c.id, moved, paused).select_from(_incoming.outerjoin(_claim, again))
+    insert_from(connection, _matched, ["position", "claim_id", "moved", "paused"], rows)
+    columns = ["claim_id", "position", "moved", "paused"]
+    first = select(*(_matched.c[name] for name in columns)).where(_matched.c.claim_id.is_not(None))
+    said = insert_new(connection, _said, columns, first.order_by(_matched.c.position))
+    analyze(connection, _matched, _said)
+    before = connection.scalar(select(func.count()).select_from(_claim).where(fetch.live)) or 0
+    if said == before:
+        return before, said, 0
+    repeated = select(_said.c.claim_id).where(_said.c.claim_id == _claim.c.id).exists()
+    silent = select(_claim.c.id).where(fetch.spoken_about, ~repeated)
+    return before, said, insert_from(connection, _unsaid, ["claim_id"], silent)
 
 
-def _end_unsaid(connection: Connection, fetch: _Fetch) -> tuple[int, int]:
-    """What happens to live claims that the snapshot does not repeat: their number, and how many of them end.
+def _subjects(connection: Connection, fetch: _Fetch) -> int:
+    """Subjects of the live claims."""
+    return connection.scalar(select(func.count(_claim.c.subject_id.distinct())).where(fetch.live)) or 0
+
+
+def _end_unsaid(connection: Connection, fetch: _Fetch) -> int:
+    """How many of the live claims that the snapshot does not repeat end.
 
     They end, but where the snapshot does not speak about them: the subject is absent from a partial snapshot, or is
     there only in quarantined rows, or the claim's own row is the one in quarantine.
     """
-    said = select(_incoming.c.claim_id).where(_incoming.c.claim_id.is_not(None))
-    unsaid = select(_claim.c.id).where(fetch.spoken_about).except_(said)
-    found = insert_from(connection, _unsaid, ["claim_id"], unsaid)
-    if not found:
-        return 0, 0
-    absent = _claim.c.subject_id.not_in(select(_incoming.c.subject_id))
+    other = _claim.alias("other")
+    of_subject = (other.c.source == _claim.c.source, other.c.subject_id == _claim.c.subject_id)
+    repeated = (
+        select(other.c.id)
+        .join(_said, _said.c.claim_id == other.c.id)
+        .where(*of_subject, other.c.until_fetch.is_(None))
+        .correlate(_claim)
+        .exists()
+    )
+    fresh = select(_incoming.c.subject_id).join(_matched, _matched.c.position == _incoming.c.position)
+    absent = and_(~repeated, _claim.c.subject_id.not_in(fresh.where(_matched.c.claim_id.is_(None))))
     unreadable = (
         select(_quarantine.c.id)
         .where(
@@ -212,40 +308,29 @@ def _end_unsaid(connection: Connection, fetch: _Fetch) -> tuple[int, int]:
         .correlate(_claim)
         .exists()
     )
-    kept = unreadable if fetch.snapshot.complete else or_(absent, unreadable)
+    kept = unreadable if fetch.complete else or_(absent, unreadable)
     these = _claim.c.id.in_(select(_unsaid.c.claim_id))
     connection.execute(update(_claim).where(these, _claim.c.seen_to.is_(None)).values(seen_to=fetch.number - 1))
-    ended = connection.execute(update(_claim).where(these, ~kept).values(until_fetch=fetch.id)).rowcount
-    return found, ended
+    return connection.execute(update(_claim).where(these, ~kept).values(until_fetch=fetch.id)).rowcount
 
 
 def _resume(connection: Connection, fetch: _Fetch) -> None:
     """A claim that some fetches passed over, and that is said again, goes on counting where it stopped."""
+    paused = select(_said.c.claim_id).where(_said.c.paused == 1)
     counted = _claim.c.seen_to - _claim.c.seen_from + 1
-    connection.execute(
-        update(_claim)
-        .where(fetch.live, _claim.c.seen_to.is_not(None), _claim.c.id.in_(select(_incoming.c.claim_id)))
-        .values(seen_from=fetch.number - counted, seen_to=None)
-    )
+    values = {"seen_from": fetch.number - counted, "seen_to": None}
+    connection.execute(update(_claim).where(_claim.c.id.in_(paused)).values(values))
 
 
 def _move(connection: Connection) -> None:
     """Where a claim's row is now: the first one that says it."""
-    moved = (
-        select(_incoming.c.claim_id)
-        .join(_claim, _claim.c.id == _incoming.c.claim_id)
-        .where(_incoming.c.origin != _claim.c.origin)
-    )
+    moved = select(_said.c.claim_id).where(_said.c.moved == 1)
     if connection.execute(moved.limit(1)).first() is None:
         return
-    by_claim = Index("incoming_by_claim", _incoming.c.claim_id, _incoming.c.position)
-    by_claim.create(connection)
-    _incoming.indexes.discard(by_claim)
     origin = (
         select(_incoming.c.origin)
-        .where(_incoming.c.claim_id == _claim.c.id)
-        .order_by(_incoming.c.position)
-        .limit(1)
+        .join(_said, _said.c.position == _incoming.c.position)
+        .where(_said.c.claim_id == _claim.c.id)
         .correlate(_claim)
         .scalar_subquery()
     )
@@ -254,15 +339,65 @@ def _move(connection: Connection) -> None:
 
 def _add(connection: Connection, fetch: _Fetch) -> int:
     """Rows that repeat no claim become claims; rows that say the same become one."""
-    nth = func.row_number().over(partition_by=[_incoming.c[name] for name in _CONTENT], order_by=_incoming.c.position)
-    rows = select(_incoming, nth.label("nth")).where(_incoming.c.claim_id.is_(None)).subquery()
     values = {
         "source": literal(fetch.snapshot.source),
-        **{name: rows.c[name] for name in _CONTENT},
-        "origin": rows.c.origin,
-        "first_origin": rows.c.origin,
+        "relation": literal(fetch.snapshot.relation),
+        **{name: _incoming.c[name] for name in _CONTENT},
+        "origin": _incoming.c.origin,
+        "first_origin": _incoming.c.origin,
         "since_fetch": literal(fetch.id),
         "seen_from": literal(fetch.number),
     }
-    first = select(*values.values()).where(rows.c.nth == 1).order_by(rows.c.position)
-    return insert_from(connection, _claim, list(values), first)
+    rows = select(*values.values()).join(_matched, _matched.c.position == _incoming.c.position)
+    rows = rows.where(_matched.c.claim_id.is_(None)).order_by(_incoming.c.position)
+    return insert_from(connection, _claim, list(values), rows) - _drop_repeated(connection, fetch)
+
+
+def _drop_repeated(connection: Connection, fetch: _Fetch) -> int:
+    """Of new claims that say the same, all but the first go again; looked for only where a subject and an object come
+    together twice, which an index tells."""
+    pair = (_claim.c.subject_id, _claim.c.object_id)
+    twice = select(*pair).where(fetch.live).group_by(*pair).having(func.count() > 1)
+    if connection.execute(twice.limit(1)).first() is None:
+        return 0
+    content = [_claim.c.relation, *(_claim.c[name] for name in _CONTENT)]
+    nth = func.row_number().over(partition_by=content, order_by=_claim.c.id)
+    ranked = select(_claim.c.id, nth.label("nth")).where(fetch.new).subquery()
+    return connection.execute(
+        delete(_claim).where(_claim.c.id.in_(select(ranked.c.id).where(ranked.c.nth > 1)))
+    ).rowcount
+
+
+def _differences(connection: Connection, fetch: _Fetch) -> tuple[int, int, int]:
+    """How many subjects are changed, added, removed."""
+    begun = select(_claim.c.subject_id, literal(1).label("begun"), literal(0).label("gone")).where(fetch.new)
+    gone = select(_claim.c.subject_id, literal(0), literal(1)).join(_unsaid, _unsaid.c.claim_id == _claim.c.id)
+    rows = union_all(begun, gone).subquery()
+    touched = (
+        select(rows.c.subject_id, func.max(rows.c.begun).label("begun"), func.max(rows.c.gone).label("gone"))
+        .group_by(rows.c.subject_id)
+        .subquery()
+    )
+    repeated = (
+        select(_said.c.claim_id)
+        .join(_claim, _claim.c.id == _said.c.claim_id)
+        .where(fetch.live, _claim.c.subject_id == touched.c.subject_id)
+        .correlate(touched)
+        .exists()
+    )
+    waiting = (_quarantine.c.source == fetch.snapshot.source, _quarantine.c.until_fetch.is_(None))
+    unreadable = select(_quarantine.c.id).where(*waiting, _quarantine.c.subject_id == touched.c.subject_id)
+    stays = case((repeated, 1), else_=0).label("stays")
+    present = case((unreadable.correlate(touched).exists(), 1), else_=0).label("present")
+    kinds = select(touched.c.begun, touched.c.gone, stays, present).subquery()
+    counted = select(*kinds.c, func.count()).group_by(*kinds.c)
+    changed = added = removed = 0
+    for row in connection.execute(counted):
+        new, old, kept, waits, number = tuple(row)
+        if new and not (old or kept):
+            added += number
+        elif new or kept:
+            changed += number
+        elif not waits and fetch.complete:
+            removed += number
+    return changed, added, removed

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from kbsync.facts import Applied, Conflict, Fact, FactKey, Hold, Provenance, QuarantinedRow, Ruling, Waiting
+from kbsync.facts import Applied, Conflict, Difference, Fact, FactKey, Hold, Provenance, QuarantinedRow, Ruling, Waiting
 from kbsync.versions.manifest import ActiveDelta, VersionKind
 
 __all__ = [
@@ -49,6 +49,8 @@ class RecordCounts:
     ended: int
     seen: int
     quarantined: int
+    difference: Difference | None = field(default=None, compare=False)
+    """For the guard; None where there is no earlier snapshot to compare with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,18 @@ from typing import Any
 from sqlalchemy import CheckConstraint, ForeignKeyConstraint, Index, Table
 from sqlmodel import Field
 
-from kbsync.ledger.columns import LedgerTable, flag, json_value, key, live_index, one_of, refers, text, time
+from kbsync.ledger.columns import (
+    LedgerTable,
+    ended_index,
+    flag,
+    json_value,
+    key,
+    live_index,
+    one_of,
+    refers,
+    text,
+    time,
+)
 
 
 class Run(LedgerTable, table=True):
@@ -77,6 +88,8 @@ class Claim(LedgerTable, table=True):
         one_of("rank", "preferred", "normal", "deprecated"),
         live_index("claim_live", "until_fetch", "source", "subject_id", "object_id", unique=False),
         Index("claim_of_key", "relation", "subject_id"),
+        Index("claim_since_fetch", "since_fetch"),
+        ended_index("claim_until_fetch", "until_fetch"),
         LedgerTable.__table_args__,
     )
     id: int | None = key()

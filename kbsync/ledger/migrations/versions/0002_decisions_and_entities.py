@@ -17,6 +17,9 @@ def upgrade() -> None:
     op.add_column("fetch", sa.Column("cursor", sa.Text()))
     op.add_column("fetch", sa.Column("verified", sa.Text()))
     op.add_column("claim", sa.Column("qualifiers", Json()))
+    op.create_index("claim_since_fetch", "claim", ["since_fetch"])
+    ended = sa.text("until_fetch IS NOT NULL")
+    op.create_index("claim_until_fetch", "claim", ["until_fetch"], sqlite_where=ended, postgresql_where=ended)
     # Written out: Alembic would copy the table, twice, to give SQLite a column with a foreign key.
     op.execute("ALTER TABLE fact ADD COLUMN claim_id INTEGER CONSTRAINT fk_fact_claim_id REFERENCES claim (id)")
     op.execute("ALTER TABLE fact ADD COLUMN rule TEXT DEFAULT '' NOT NULL")
