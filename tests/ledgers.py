@@ -6,6 +6,7 @@ A module whose tests run on both says `pytestmark = pytest.mark.usefixtures("dat
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -106,6 +107,15 @@ def opened(folder: Path, clock: Clock | None = None) -> Iterator[Ledger]:
         (folder / "ledger.db").write_bytes(_empty_ledger())
     with Ledger.open(url(folder), clock=clock or Clock()) as ledger:
         yield ledger
+
+
+def rich_ledger(folder: Path) -> str:
+    """A ledger in a file with a row in most tables, written by an earlier kbsync and upgraded; its URL."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "ledger.db"
+    file.write_bytes(gzip.decompress((Path(__file__).parent / "data" / "ledgers" / "0001.db.gz").read_bytes()))
+    Ledger.open(f"sqlite:///{file}").close()
+    return f"sqlite:///{file}"
 
 
 @cache

@@ -11,7 +11,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from kbsync.cli import bench, daemon, demo, evaluate, facts, history, model, read, setup, status, study, versions, write
+from kbsync.cli import (
+    bench,
+    daemon,
+    demo,
+    evaluate,
+    facts,
+    history,
+    ledger,
+    model,
+    read,
+    setup,
+    status,
+    study,
+    versions,
+    write,
+)
 from kbsync.errors import KbsyncError
 from kbsync.log import configure
 
@@ -24,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (setup, write, status, versions, facts, history, read, model, daemon, demo, bench, study, evaluate):
+for part in (setup, write, status, versions, facts, history, read, model, daemon, demo, bench, study, evaluate, ledger):
     app.add_typer(part.app)
 
 

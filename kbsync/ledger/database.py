@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, SelectBase, Table, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, Select, SelectBase, Table, create_engine, event, func, make_url, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, StatementError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, StatementError
 from sqlalchemy.schema import CreateTable, DropTable
 
 from kbsync.errors import Busy, KbsyncError, LedgerError, UsageError
@@ -39,8 +39,10 @@ __all__ = [
     "integrity_problems",
     "journal_mode",
     "mark_as_ledger",
+    "parsed",
     "place_of",
     "reading",
+    "restart_sequences",
     "temporary",
     "translated",
     "upsert",
@@ -72,18 +74,11 @@ def engine_for(url: str, *, create: bool) -> Engine:
     A new SQLite file gets mode 0600. Raises LedgerError where there is no ledger and `create` is false, UsageError
     where the URL means nothing to SQLAlchemy.
     """
-    try:
-        address = make_url(url)
-        file = database_file(address)
-        if file is not None:
-            _ensure_file(file, create=create)
-        engine = create_engine(address) if file is not None else _server_engine(address)
-    except ImportError as error:
-        hint = "pip install 'kbsync[postgres]'" if error.name == "psycopg" else _EXAMPLE
-        raise UsageError(f"ledger URL is not usable: {error}", hint=hint) from error
-    except (ArgumentError, NoSuchModuleError, ValueError) as error:
-        # `from None` and without its text: a URL that cannot be parsed may hold a password anywhere.
-        raise UsageError(f"ledger URL is not usable: {_unusable(error)}", hint=_EXAMPLE) from None
+    address = parsed(url)
+    file = database_file(address)
+    if file is not None:
+        _ensure_file(file, create=create)
+    engine = create_engine(address) if file is not None else _server_engine(address)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin)
@@ -93,16 +88,25 @@ def engine_for(url: str, *, create: bool) -> Engine:
 _EXAMPLE = "for instance sqlite:///data/ledger.db or postgresql+psycopg://user@host/database"
 
 
-def _unusable(error: Exception) -> str:
-    return str(error) if isinstance(error, NoSuchModuleError) else "it is no SQLAlchemy URL"
+def parsed(url: str) -> URL:
+    """The URL in its parts; PostgreSQL means psycopg 3. Raises UsageError where it is none, without repeating it, as a
+    password may be anywhere in it."""
+    try:
+        address = make_url(url)
+    except (ArgumentError, ValueError):
+        raise UsageError("ledger URL is not usable: it is no SQLAlchemy URL", hint=_EXAMPLE) from None
+    return address.set(drivername="postgresql+psycopg") if address.drivername == "postgresql" else address
 
 
 def _server_engine(address: URL) -> Engine:
     """An engine that notices when the server was restarted. Raises UsageError for any but PostgreSQL by psycopg."""
-    if address.get_dialect().driver != "psycopg":
+    if address.drivername != "postgresql+psycopg":
         raise UsageError(f"ledger URL is not usable: {address.drivername} is not supported", hint=_EXAMPLE)
     patience = {} if "connect_timeout" in address.query else {"connect_timeout": CONNECT_TIMEOUT}
-    return create_engine(address, pool_pre_ping=True, connect_args=patience)
+    try:
+        return create_engine(address, pool_pre_ping=True, connect_args=patience)
+    except ImportError as error:
+        raise UsageError(f"ledger URL is not usable: {error}", hint="pip install 'kbsync[postgres]'") from error
 
 
 def place_of(url: URL) -> str:
@@ -281,6 +285,17 @@ def upsert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any
     keys = [column.name for column in table.primary_key]
     others = {column.name: statement.excluded[column.name] for column in table.c if column.name not in keys}
     connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=others), list(rows))
+
+
+def restart_sequences(connection: Connection, tables: Iterable[Table]) -> None:
+    """After rows that brought their ids, PostgreSQL counts on after the highest one, as SQLite does by itself."""
+    if connection.dialect.name == "sqlite":
+        return
+    for table in tables:
+        counted = table.autoincrement_column
+        if counted is not None and connection.scalar(func.pg_get_serial_sequence(table.name, counted.name)) is not None:
+            sequence = func.pg_get_serial_sequence(table.name, counted.name)
+            connection.execute(select(func.setval(sequence, func.coalesce(func.max(counted), 0) + 1, False)))
 
 
 @contextmanager

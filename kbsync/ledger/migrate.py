@@ -14,7 +14,7 @@ from kbsync.ledger import database
 if TYPE_CHECKING:
     from alembic.config import Config
 
-__all__ = ["REVISION", "migrate"]
+__all__ = ["REVISION", "create_tables", "migrate"]
 
 REVISION = "0002"
 """The newest revision in `migrations/versions`. Named here so that opening a current ledger need not load Alembic."""
@@ -37,6 +37,11 @@ def migrate(engine: Engine, place: str) -> Path | None:
         _upgrade(config, connection)
         connection.commit()
     return copy
+
+
+def create_tables(connection: Connection) -> None:
+    """This kbsync's tables in an empty database, in the caller's transaction."""
+    _upgrade(_config(), connection)
 
 
 def _revision(connection: Connection) -> str | None:
