@@ -36,6 +36,7 @@ from kbsync.editor.job import ExecutorSettings
 from kbsync.editor.preset import Preset, load_preset
 from kbsync.errors import ConfigError, UsageError
 from kbsync.policy import Seconds
+from kbsync.references import FILE, filled, holds_password
 from kbsync.strategy import Strategy
 
 __all__ = ["CONFIG", "EditWindow", "Settings", "StatisticsSettings", "Workspace", "examples", "time_zone"]
@@ -60,8 +61,6 @@ device: auto           # auto | cpu | cuda | cuda:1 | balanced
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])i?B?", re.IGNORECASE)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _WINDOW = re.compile(r"(\d{1,2}:\d\d)\s*-\s*(\d{1,2}:\d\d)(?:\s+(\S+))?")
-_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_PASSWORD = re.compile(r"://[^/\s:@]*:(?!\$\{)[^@\s]+@")
 
 
 def _bytes(value: object) -> object:
@@ -294,7 +293,7 @@ class Workspace:
         """What is allowed but unwise in kbsync.yaml, one line each."""
         found = []
         ledger = self.settings.ledger
-        if ledger is not None and _PASSWORD.search(ledger.get_secret_value()):
+        if ledger is not None and holds_password(ledger.get_secret_value()):
             found.append(f"{self.root / CONFIG}: ledger: holds a password; write ${{NAME}} or file:PATH instead")
         executor = self.settings.executor
         if executor.backend == "ray" and executor.address == "local":
@@ -307,14 +306,15 @@ class Workspace:
     def _secret(self, key: str, value: SecretStr) -> str:
         """`value` with `${NAME}` taken from the environment, or the content of the file that `file:PATH` names."""
         text, file = value.get_secret_value(), self.root / CONFIG
-        if text.startswith("file:"):
+        if text.startswith(FILE):
             try:
-                return (self.root / text.removeprefix("file:")).read_text(encoding="utf-8").strip()
+                return (self.root / text.removeprefix(FILE)).read_text(encoding="utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"cannot read {text}", file=file, key=key) from error
-        if missing := [name for name in _REFERENCE.findall(text) if name not in os.environ]:
-            raise ConfigError(f"environment variable {missing[0]} is not set", file=file, key=key)
-        return _REFERENCE.sub(lambda match: os.environ[match[1]], text)
+        try:
+            return filled(text)
+        except ValueError as error:
+            raise ConfigError(str(error), file=file, key=key) from error
 
 
 def _explain(document: Document, error: ValidationError) -> ConfigError:

@@ -92,7 +92,7 @@ def test_an_unknown_policy_or_relation_is_a_usage_error_with_the_nearest_name(lo
 @pytest.mark.parametrize(
     ("text", "place", "problem"),
     [
-        (SOURCE.replace("csv", "cvs", 1), ":2: type:", "no connector of this type; known: csv, jsonl, sparql"),
+        (SOURCE.replace("csv", "cvs", 1), ":2: type:", "no connector of this type; known: csv, jsonl, sparql, sql"),
         (SOURCE + "delimeter: ;\n", ":7: delimeter:", "not a known key"),
         (SOURCE.replace("location: stars.csv\n", ""), "location:", "is missing"),
         (SOURCE.replace("stars.csv", "../../etc/passwd"), ":3: location:", "outside the folders"),

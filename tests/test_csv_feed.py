@@ -273,7 +273,7 @@ def test_a_wrong_declaration_names_its_key(tmp_path: Path, keys: dict[str, Any],
 def test_connectors_are_found_by_their_entry_points(tmp_path: Path) -> None:
     """An unknown type names the known ones."""
     assert {"csv", "sparql"} <= set(known_types())
-    with pytest.raises(ValidationError, match="csv, jsonl, sparql"):
+    with pytest.raises(ValidationError, match="csv, jsonl, sparql, sql"):
         connector(tmp_path, type="excel")
 
 

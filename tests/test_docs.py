@@ -18,6 +18,7 @@ from kbsync.connectors.columns import Aliases, Cell, Columns
 from kbsync.connectors.csv_feed import CsvOptions
 from kbsync.connectors.feed import Minisign
 from kbsync.connectors.sparql import SparqlOptions
+from kbsync.connectors.sql import SqlOptions
 from kbsync.editor.job import ExecutorSettings
 from kbsync.ledger.schema import metadata
 from kbsync.policy import Confirm, Gate, Guard, Inverse, Policy, Relation, Source
@@ -36,6 +37,7 @@ MODELS: list[type[BaseModel]] = [
     Cell,
     Aliases,
     SparqlOptions,
+    SqlOptions,
     Policy,
     Relation,
     Inverse,
