@@ -35,6 +35,7 @@ def take_in(db: Writer, policy: Policy, run: int, snapshots: Sequence[Snapshot])
     reasons: list[str] = []
     counts = dict.fromkeys(("rows", "added", "ended", "quarantined"), 0)
     for snapshot in snapshots:
+        db.merge_entities(run, snapshot)
         recorded = db.record(run, snapshot)
         if recorded.difference is not None:
             reasons += check_guard(recorded.difference, policy.guard)

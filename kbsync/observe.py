@@ -6,16 +6,18 @@ again next time on the claims that it made last. No transaction is open while a 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import structlog
 from tenacity import RetryCallState, Retrying, retry_if_exception_type
 from tenacity.wait import wait_random_exponential
 
-from kbsync.connectors import Connector
+from kbsync.connectors import Connector, Redirecting, refuse_older
 from kbsync.errors import SourceBlocked, SourceError, SourceUnavailable
-from kbsync.facts import Snapshot
+from kbsync.facts import Provenance, Snapshot
 from kbsync.ledger import Ledger
 from kbsync.ledger.records import SourceState
 from kbsync.progress import Progress, silent
@@ -26,8 +28,12 @@ ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 2.0
 LONGEST_WAIT_SECONDS = 60.0
 """A source that asks for a longer pause than this is left alone until then; the pass goes on without it."""
+JITTER = 0.25
+"""Every wait is longer by up to this share, so that those who were refused together do not come back together."""
 BLOCKED_FIRST = timedelta(hours=1)
-BLOCKED_LONGEST = timedelta(hours=24)
+COOLDOWN_LONGEST = timedelta(hours=24)
+MOST_GONE = 2_000
+"""Ids that a source is asked about when they are gone from it: more at once are no merges, and the guard's business."""
 
 log = structlog.get_logger()
 
@@ -54,7 +60,7 @@ def observe(
             failures.append(_cooling(state, state.retry_at))
             continue
         try:
-            snapshots.append(_retrying(sleep)(connector.fetch, previous))
+            snapshots.append(_retrying(sleep)(_fetch, connector, previous, ledger))
         except SourceError as error:
             failures.append(error)
             log.warning("source_failed", source=name, problem=error.message)
@@ -63,6 +69,26 @@ def observe(
             _note(ledger, state, SourceState(name))
     progress("fetch", len(connectors), len(connectors))
     return snapshots, failures
+
+
+def _fetch(connector: Connector, previous: Provenance | None, ledger: Ledger) -> Snapshot:
+    """A snapshot that is not older than the last accepted one, with what the source says has become of ids that it no
+    longer has."""
+    snapshot = connector.fetch(previous)
+    refuse_older(snapshot.source, snapshot.provenance.as_of, previous)
+    if previous is None or snapshot.not_modified or snapshot.covers is not None:
+        return snapshot
+    if not (isinstance(connector, Redirecting) and snapshot.complete):
+        return snapshot
+    with ledger.read() as db:
+        gone = db.claimed_ids(snapshot.source)
+    for entry in snapshot.content:
+        if isinstance(entry, tuple):
+            gone -= {entry[0], entry[2]}
+    if len(gone) > MOST_GONE:
+        log.warning("too_many_gone", source=snapshot.source, ids=len(gone))
+        return snapshot
+    return replace(snapshot, redirects={**snapshot.redirects, **connector.redirects(gone)}) if gone else snapshot
 
 
 def _cooling(state: SourceState, until: datetime) -> SourceError:
@@ -88,8 +114,15 @@ def _enough(state: RetryCallState) -> bool:
 
 
 def _wait(state: RetryCallState) -> float:
-    backoff = wait_random_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)(state)
-    return max(backoff, _wish(state) or 0.0)
+    """Exponential backoff; where the source says how long, that, doubled with every refusal."""
+    wish = _wish(state)
+    if wish is None:
+        return wait_random_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)(state)
+    return _jittered(wish * 2 ** (state.attempt_number - 1))
+
+
+def _jittered(seconds: float) -> float:
+    return seconds * (1 + random.uniform(0, JITTER))  # noqa: S311 (no secret)
 
 
 def _wish(state: RetryCallState) -> float | None:
@@ -98,17 +131,20 @@ def _wish(state: RetryCallState) -> float | None:
 
 
 def _after_failure(state: SourceState, error: SourceError) -> SourceState:
-    """The cooldown that follows: 1 h doubling to 24 h where the source refuses us, its own wish where it has one."""
+    """The cooldown that follows: 1 h where the source refuses us, its own wish where it has one; doubled with every
+    failure in a row, up to 24 h."""
     now = datetime.now(UTC)
     retry_at = None
-    if isinstance(error, SourceBlocked):
-        retry_at = now + min(BLOCKED_FIRST * 2 ** min(state.failures, 5), BLOCKED_LONGEST)
-    elif isinstance(error, SourceUnavailable) and error.retry_after:
-        retry_at = now + timedelta(seconds=error.retry_after)
+    blocked = isinstance(error, SourceBlocked)
+    wish = error.retry_after if isinstance(error, SourceUnavailable) else None
+    if blocked or wish:
+        first = BLOCKED_FIRST.total_seconds() if blocked else _jittered(wish or 0.0)
+        pause = first * 2 ** min(state.failures, 20)
+        retry_at = now + min(timedelta(seconds=pause), COOLDOWN_LONGEST)
     return SourceState(
         source=state.source,
         failures=state.failures + 1,
-        blocked=isinstance(error, SourceBlocked),
+        blocked=blocked,
         retry_at=retry_at,
         last_error=error.message,
     )

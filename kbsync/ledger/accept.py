@@ -15,6 +15,7 @@ from kbsync.facts import Change, Conflict, Fact, FactKey
 from kbsync.ledger import schema
 from kbsync.ledger.codec import claims_from_json, claims_to_json, same_claims
 from kbsync.ledger.database import bulk_insert
+from kbsync.ledger.entities import follow_fact, follow_key, redirects_in
 from kbsync.ledger.read_facts import FACT, change_kind, fact_of
 
 __all__ = ["Decision", "accept"]
@@ -49,21 +50,27 @@ def _refuse_strays(decision: Decision) -> None:
 
 def _accept_facts(connection: Connection, decision: Decision) -> tuple[list[Change], int]:
     """The changes, and how many facts are written anew only because another source now stands for them."""
-    table = schema.fact
+    table, moved = schema.fact, redirects_in(connection)
     begun = dict(decision.facts)
     ended: dict[FactKey, int] = {}
     changes: list[Change] = []
     query = select(table.c.id, *(table.c[name] for name in FACT)).where(
         table.c.relation.in_(decision.relations), table.c.until.is_(None)
     )
-    for row in connection.execute(query):
-        key = FactKey(row[1], row[2])
+    rows = connection.execute(query).all()
+    own = {FactKey(row[1], row[2]) for row in rows} if moved else set()
+    for row in rows:
+        said = FactKey(row[1], row[2])
+        now = follow_key(said, moved)
+        # Of two facts that have become one by a merge, that of the old id ends with nothing in its place.
+        key = said if now in own else now
         after = begun.get(key)
         if after is not None and _unchanged(row, after):
             del begun[key]
             continue
         ended[key] = row[0]
-        changes += _change(decision, fact_of(row[1:]), after)
+        before = fact_of(row[1:])
+        changes += _change(decision, before if key == said else follow_fact(before, moved), after)
     for key, fact in begun.items():
         if key not in ended:
             changes += _change(decision, None, fact)
@@ -77,7 +84,8 @@ def _unchanged(row: Sequence[Any], fact: Fact) -> bool:
     """Whether a live row says the same. That the claim has moved within its source is no change of the fact: the row
     keeps the place that the decision was made on."""
     return bool(
-        row[4] == fact.object.id
+        row[2] == fact.subject.id
+        and row[4] == fact.object.id
         and row[3] == fact.subject.label
         and row[5] == fact.object.label
         and row[8] == fact.status

@@ -38,6 +38,7 @@ from kbsync.facts import Alias, Difference, QuarantinedRow, Snapshot
 from kbsync.ledger import schema
 from kbsync.ledger.columns import canonical
 from kbsync.ledger.database import analyze, bulk_insert, insert_from, insert_new, insert_row, temporary
+from kbsync.ledger.entities import record_aliases
 from kbsync.ledger.records import RecordCounts
 
 __all__ = ["record"]
@@ -146,6 +147,8 @@ def record(connection: Connection, run_id: int, snapshot: Snapshot, now: datetim
     with temporary(connection, _incoming, _matched, _said, _unsaid, _covered):
         fetch = _accept(connection, run_id, snapshot, _stage(connection, snapshot), now)
         _merge_quarantine(connection, fetch)
+        spoken_of = snapshot.covers if fetch.complete else ()
+        record_aliases(connection, snapshot.source, fetch.id, fetch.read.aliases, spoken_of)
         before, said, unsaid = _match(connection, fetch)
         fresh = connection.scalar(select(func.count()).where(_matched.c.claim_id.is_(None))) or 0
         subjects = _subjects(connection, fetch) if fetch.number > 1 and (fresh or unsaid) else 0

@@ -12,6 +12,7 @@ from kbsync.facts import Change, ChangeKind, Conflict, Entity, Fact, FactKey
 from kbsync.ledger import schema
 from kbsync.ledger.codec import claims_from_json
 from kbsync.ledger.database import Session
+from kbsync.ledger.entities import follow_fact, follow_key, redirects_in
 from kbsync.ledger.read_sources import PROVENANCE, provenance_of
 from kbsync.ledger.records import ConflictRow, FactRow
 
@@ -54,9 +55,15 @@ class FactReader(Session):
     """Questions about facts."""
 
     def facts(self, relations: Collection[str] | None = None, *, as_of: datetime | None = None) -> dict[FactKey, Fact]:
-        """The live facts, withdrawn ones that are kept included; or those that kbsync held true at `as_of`."""
+        """The live facts, withdrawn ones that are kept included, by the ids of now; or those that kbsync held true at
+        `as_of`, by the ids of then. Of two facts that have become one by a merge, that of the new id counts."""
         query = select(*_columns(schema.fact)).where(*_valid(relations, as_of))
-        return {FactKey(row[0], row[1]): fact_of(row) for row in self._connection.execute(query)}
+        found = {FactKey(row[0], row[1]): fact_of(row) for row in self._connection.execute(query)}
+        moved = redirects_in(self._connection) if as_of is None else {}
+        if not moved:
+            return found
+        followed = {follow_key(key, moved): follow_fact(fact, moved) for key, fact in found.items()}
+        return followed | {key: follow_fact(fact, moved) for key, fact in found.items() if key in followed}
 
     def fact_rows(self, relations: Collection[str] | None = None, as_of: datetime | None = None) -> list[FactRow]:
         """The same facts with their time, run and provenance, by relation and subject label."""

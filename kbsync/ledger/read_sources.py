@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, func, or_, select
 from kbsync.facts import Claim, Entity, Provenance, QuarantinedRow
 from kbsync.ledger import schema
 from kbsync.ledger.database import Session
+from kbsync.ledger.entities import follow_claim, redirects_in
 from kbsync.ledger.records import QuarantineRow, ScheduleState, SourceState
 
 __all__ = ["PROVENANCE", "SourceReader", "provenance_of"]
@@ -55,11 +56,11 @@ class SourceReader(Session):
     """Questions about sources."""
 
     def claims(self, relations: Collection[str]) -> list[Claim]:
-        """The live claims of these relations, of every source, oldest first."""
+        """The live claims of these relations, of every source, by the ids of now, oldest first."""
         return self._claims(schema.claim.c.relation.in_(relations))
 
     def claims_of(self, source: str) -> list[Claim]:
-        """The live claims of one source, oldest first."""
+        """The live claims of one source, by the ids of now, oldest first."""
         return self._claims(schema.claim.c.source == source)
 
     def _claims(self, which: ColumnElement[bool]) -> list[Claim]:
@@ -71,7 +72,9 @@ class SourceReader(Session):
             .where(which, claim.c.until_fetch.is_(None))
             .order_by(claim.c.id)
         )
-        return [_claim(row, newest) for row in self._connection.execute(query)]
+        found = [_claim(row, newest) for row in self._connection.execute(query)]
+        moved = redirects_in(self._connection)
+        return [follow_claim(claim, moved) for claim in found] if moved else found
 
     def _newest_fetches(self) -> dict[str, int]:
         query = select(schema.fetch.c.source, func.max(schema.fetch.c.number).label("newest")).group_by(

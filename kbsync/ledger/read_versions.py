@@ -12,6 +12,7 @@ from kbsync.facts import Applied, EditRequest, FactKey, Hold
 from kbsync.ledger import schema
 from kbsync.ledger.codec import applied_from_json
 from kbsync.ledger.database import Session
+from kbsync.ledger.entities import follow_applied, follow_key, redirects_in
 from kbsync.ledger.records import HeadMove, HoldRow, ModelRow, ProbeRow, VersionRow
 from kbsync.versions.manifest import ActiveDelta
 
@@ -95,12 +96,22 @@ class VersionReader(Session):
         ]
 
     def applied(self, model: str, number: int) -> dict[FactKey, Applied]:
-        """What a version's weights hold: the columns of its active deltas but those excluded; the later one wins."""
+        """What a version's weights hold, by the ids of now: the columns of its active deltas but those excluded; the
+        later one wins. Of two ids that have been merged the old one keeps its own key, and so leaves the weights."""
         held: dict[FactKey, Applied] = {}
         for active in self.active(model, number):
             for applied in self.delta_facts(model, active.delta):
                 if applied.column not in active.excluded:
                     held[applied.request.key] = applied
+        moved = redirects_in(self._connection)
+        for key in sorted(held) if moved else ():
+            now = follow_key(key, moved)
+            followed = follow_applied(held[key], moved)
+            if now == key:
+                held[key] = followed
+            elif now not in held:
+                held[now] = followed
+                del held[key]
         return held
 
     def delta_facts(self, model: str, delta: str) -> list[Applied]:

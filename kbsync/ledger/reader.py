@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kbsync.ledger.entities import EntityReader
 from kbsync.ledger.read_decisions import DecisionReader
 from kbsync.ledger.read_facts import FactReader
 from kbsync.ledger.read_runs import RunReader
@@ -11,5 +12,5 @@ from kbsync.ledger.read_versions import VersionReader
 __all__ = ["Reader"]
 
 
-class Reader(SourceReader, FactReader, RunReader, VersionReader, DecisionReader):
+class Reader(SourceReader, FactReader, RunReader, VersionReader, DecisionReader, EntityReader):
     """What the ledger answers, as of the moment that the transaction began."""

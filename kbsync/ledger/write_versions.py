@@ -13,6 +13,7 @@ from kbsync.ledger import schema
 from kbsync.ledger.audit import Auditor
 from kbsync.ledger.codec import applied_to_json
 from kbsync.ledger.database import bulk_insert, upsert
+from kbsync.ledger.entities import follow_applied, redirects_in
 from kbsync.ledger.read_versions import RETIRE, VersionReader
 from kbsync.ledger.records import PublishedVersion
 
@@ -84,8 +85,9 @@ class VersionWriter(VersionReader, Auditor):
     def _write_columns(self, model: str, delta: str, facts: list[Applied]) -> None:
         """What a delta's columns hold. The same edit made again gives the same file: then they are there already."""
         facts = sorted(facts, key=lambda applied: (applied.column, applied.request.key))
-        known = self.delta_facts(model, delta)
-        if known == facts:
+        moved = redirects_in(self._connection)
+        known = [follow_applied(one, moved) for one in self.delta_facts(model, delta)]
+        if sorted(known, key=lambda applied: (applied.column, applied.request.key)) == facts:
             return
         if known:
             raise LedgerError(f"delta {delta}: is in the ledger with other facts", hint="kbsync verify")

@@ -16,15 +16,14 @@ from kbsync.ledger.codec import snapshot_to_text
 from kbsync.ledger.database import insert_row, upsert
 from kbsync.ledger.reader import Reader
 from kbsync.ledger.records import RecordCounts, RunStatus, ScheduleState, SourceState
-from kbsync.ledger.write_decisions import DecisionWriter
-from kbsync.ledger.write_versions import VersionWriter
+from kbsync.ledger.write_entities import EntityWriter
 
 __all__ = ["Writer"]
 
 _UNFINISHED = ("running", "held")
 
 
-class Writer(Reader, VersionWriter, DecisionWriter):
+class Writer(Reader, EntityWriter):
     """A Reader that may also write. `now` is the time of the transaction: later than that of any before it, so that
     `since` and `until` order what happened even where the clock of the machine went back."""
 
