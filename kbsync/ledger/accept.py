@@ -70,7 +70,7 @@ def _accept_facts(connection: Connection, decision: Decision) -> tuple[list[Chan
             continue
         ended[key] = row[0]
         before = fact_of(row[1:])
-        changes += _change(decision, before if key == said else follow_fact(before, moved), after)
+        changes += _change(decision, follow_fact(before, moved) if key == now else before, after)
     for key, fact in begun.items():
         if key not in ended:
             changes += _change(decision, None, fact)
