@@ -17,6 +17,7 @@ from kbsync.config import Settings
 from kbsync.connectors.columns import Aliases, Cell, Columns
 from kbsync.connectors.csv_feed import CsvOptions
 from kbsync.connectors.feed import Minisign
+from kbsync.connectors.parts import Chunks, Incremental, Pages
 from kbsync.connectors.sparql import SparqlOptions
 from kbsync.connectors.sql import SqlOptions
 from kbsync.editor.job import ExecutorSettings
@@ -38,6 +39,9 @@ MODELS: list[type[BaseModel]] = [
     Aliases,
     SparqlOptions,
     SqlOptions,
+    Chunks,
+    Pages,
+    Incremental,
     Policy,
     Relation,
     Inverse,
