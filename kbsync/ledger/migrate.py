@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, Engine, column, inspect, select, table
 
 from kbsync.errors import LedgerError
-from kbsync.ledger import database
+from kbsync.ledger import database, views
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -89,5 +89,7 @@ def _refuse_newer(config: Config, revision: str | None, place: str) -> None:
 def _upgrade(config: Config, connection: Connection) -> None:
     from alembic import command
 
+    views.drop_views(connection)
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
+    views.create_views(connection)
