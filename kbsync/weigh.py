@@ -18,7 +18,7 @@ from itertools import groupby, takewhile
 from kbsync.facts import Claim, Conflict, ConflictKind, Fact, FactKey, Ruling, Waiting
 from kbsync.policy import Confirm, Policy
 
-__all__ = ["ONLY_CLAIM", "Context", "Verdict", "by_key", "decide", "turn"]
+__all__ = ["ONLY_CLAIM", "Context", "Verdict", "by_key", "date_parts", "decide", "turn"]
 
 ONLY_CLAIM = "the only claim"
 """The rule of a fact that nothing else was weighed against."""
@@ -252,14 +252,14 @@ def _current(claims: Sequence[Claim]) -> _Answer:
 def _latest(claims: Sequence[Claim]) -> list[Claim]:
     """Those that no other is certainly later than: dates are compared as far as both are known, so that 2011 is neither
     before nor after March 2011. Claims without a start count as earlier than any start."""
-    starts = [_moment(claim.start) for claim in claims]
+    starts = [date_parts(claim.start) for claim in claims]
     latest = max(starts, default=())
     # What is earlier than any other start is also earlier than the greatest one, so that one comparison is enough.
     level = [start == latest[: len(start)] and bool(start) == bool(latest) for start in starts]
     return [claim for claim, kept in zip(claims, level, strict=True) if kept]
 
 
-def _moment(text: str | None) -> tuple[int, ...]:
+def date_parts(text: str | None) -> tuple[int, ...]:
     """Year, month, day, hour, minute, second in UTC, as far as given; () where there is none or it is not ISO 8601."""
     match = _DATE.fullmatch(text.strip()) if text else None
     if match is None:

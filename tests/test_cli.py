@@ -99,9 +99,16 @@ def test_a_user_syncs_looks_asks_and_rolls_back(line: Line) -> None:
         ("added", "Sirius", None, "French", 2),
     }
     history = line.json("history", "Vega")
-    assert [(row["object"], row["versions"], row["origin"]) for row in history] == [
-        ("Orion", [1], "line 2"),
-        ("Rome", [2], "line 2"),
+    assert [(row["kind"], row["ended"], row["after"]) for row in history] == [
+        ("claim", False, "Orion"),
+        ("added", False, "Orion"),
+        ("version", False, "Orion"),
+        ("probe", False, "Orion"),
+        ("claim", False, "Rome"),
+        ("claim", True, "Orion"),
+        ("changed", False, "Rome"),
+        ("version", False, "Rome"),
+        ("probe", False, "Rome"),
     ]
     assert {row["subject"] for row in line.json("diff", "1", "2")} == {"Vega", "Sirius"}
     asked = line.json("ask", "Where is Vega", "--compare", "0", "--object", "Rome")

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from kbsync.cli import (
     bench,
+    blame,
     daemon,
     demo,
     evaluate,
@@ -39,7 +40,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (setup, write, status, versions, facts, history, read, model, daemon, demo, bench, study, evaluate, ledger):
+for part in (
+    setup,
+    write,
+    status,
+    versions,
+    facts,
+    history,
+    blame,
+    read,
+    model,
+    daemon,
+    demo,
+    bench,
+    study,
+    evaluate,
+    ledger,
+):
     app.add_typer(part.app)
 
 

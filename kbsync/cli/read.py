@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kbsync.config import Workspace
     from kbsync.ledger import ModelRow, Reader
 
-__all__ = ["Relation", "app", "iso", "model_row", "moment", "reading", "required_model", "short"]
+__all__ = ["Relation", "app", "iso", "model_row", "moment", "one_subject", "reading", "required_model", "short"]
 
 app = typer.Typer()
 conflicts_app = typer.Typer(help="Claims that cannot all be true; each blocks only its own fact.", no_args_is_help=True)
@@ -48,6 +48,20 @@ def required_model(workspace: Workspace, db: Reader) -> ModelRow:
     if (model := model_row(workspace, db)) is None:
         raise UsageError(f"model {workspace.settings.model} was never synced here", hint="kbsync sync")
     return model
+
+
+def one_subject(db: Reader, text: str) -> str:
+    """The id of what a person calls `text`. Raises UsageError where that is nothing, or more than one thing."""
+    from kbsync.errors import UsageError
+
+    found = db.subjects(text)
+    if not found:
+        raise UsageError(f"{text!r}: the ledger has nothing of that id or label", hint="kbsync facts --search TEXT")
+    if len(found) > 1:
+        listed = ", ".join(f"{one.id} ({one.label})" for one in found[:10])
+        more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+        raise UsageError(f"{text!r} is a label of {len(found)} subjects: {listed}{more}", hint="give the id")
+    return found[0].id
 
 
 def moment(text: str) -> datetime:

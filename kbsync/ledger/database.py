@@ -14,7 +14,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, SelectBase, Table, create_engine, event, func, make_url, select, text
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Executable,
+    Result,
+    Select,
+    SelectBase,
+    Table,
+    create_engine,
+    event,
+    func,
+    make_url,
+    select,
+    text,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, StatementError
@@ -237,6 +251,10 @@ class Session:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+
+    def execute(self, query: Executable) -> Result[Any]:
+        """Ask something that no method does. For the modules of this package."""
+        return self._connection.execute(query)
 
 
 def reading(engine: Engine) -> Connection:

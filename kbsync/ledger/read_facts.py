@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 
+from kbsync.errors import UsageError
 from kbsync.facts import Change, ChangeKind, Conflict, Entity, Fact, FactKey
 from kbsync.ledger import schema
 from kbsync.ledger.codec import claims_from_json
@@ -15,8 +17,12 @@ from kbsync.ledger.database import Session
 from kbsync.ledger.entities import follow_fact, follow_key, redirects_in
 from kbsync.ledger.read_sources import PROVENANCE, provenance_of
 from kbsync.ledger.records import ConflictRow, FactRow
+from kbsync.weigh import date_parts
 
-__all__ = ["FACT", "FactReader", "change_kind", "fact_of"]
+__all__ = ["FACT", "STREAMED", "FactFilter", "FactReader", "change_kind", "fact_of"]
+
+STREAMED = 2_000
+"""Rows that a long answer holds in memory at a time."""
 
 FACT = (
     "relation",
@@ -51,6 +57,37 @@ def change_kind(before: Fact | None, after: Fact | None) -> ChangeKind | None:
     return "relabelled" if (before.subject, before.object) != (after.subject, after.object) else None
 
 
+@dataclass(frozen=True, slots=True)
+class FactFilter:
+    """Which facts: those live, or those that kbsync held true at `as_of`. `subject` and `object` are an id or a label,
+    `search` is a part of either's label, in upper or lower case."""
+
+    relation: str | None = None
+    subject: str | None = None
+    object: str | None = None
+    source: str | None = None
+    search: str | None = None
+    as_of: datetime | None = None
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """As a WHERE of `fact`."""
+        return [*_valid(None if self.relation is None else [self.relation], self.as_of), *self.about(schema.fact)]
+
+    def about(self, table: Any) -> list[ColumnElement[bool]]:
+        """What it says of things and sources, as a WHERE of `fact` or `claim`."""
+        which: list[ColumnElement[bool]] = []
+        if self.subject is not None:
+            which.append(or_(table.c.subject_id == self.subject, table.c.subject_label == self.subject))
+        if self.object is not None:
+            which.append(or_(table.c.object_id == self.object, table.c.object_label == self.object))
+        if self.source is not None:
+            which.append(table.c.source == self.source)
+        if self.search is not None:
+            labels = (table.c.subject_label, table.c.object_label)
+            which.append(or_(*(label.icontains(self.search, autoescape=True) for label in labels)))
+        return which
+
+
 class FactReader(Session):
     """Questions about facts."""
 
@@ -67,8 +104,49 @@ class FactReader(Session):
 
     def fact_rows(self, relations: Collection[str] | None = None, as_of: datetime | None = None) -> list[FactRow]:
         """The same facts with their time, run and provenance, by relation and subject label."""
+        return list(self._rows(*_valid(relations, as_of)))
+
+    def select_facts(self, wanted: FactFilter, limit: int | None = None) -> Iterator[FactRow]:
+        """The facts that pass a filter, one after the other, never all in memory; by relation and subject label."""
+        return self._rows(*wanted.conditions(), limit=limit)
+
+    def count_facts(self, wanted: FactFilter) -> int:
+        """How many there are."""
+        query = select(func.count()).select_from(schema.fact).where(*wanted.conditions())
+        return self._connection.scalar(query) or 0
+
+    def claims_valid_at(self, wanted: FactFilter, date: str) -> Iterator[FactRow]:
+        """What sources say was true at `date` (ISO 8601, or its beginning), as kbsync knows it now or at `as_of`.
+
+        Dates are compared as far as both are known: what began in 2011 was true at 2011-03. A claim without dates is
+        always true, a deprecated one never. Raises UsageError for what is no date.
+        """
+        at = date_parts(date)
+        if not at:
+            raise UsageError(f"{date!r} is no date", hint="2011, 2011-03 or 2011-03-04")
+        claim, began, ended = schema.claim, schema.fetch.alias("began"), schema.fetch.alias("ended")
+        known: list[ColumnElement[bool]] = [claim.c.until_fetch.is_(None)]
+        if wanted.as_of is not None:
+            known = [began.c.recorded_at <= wanted.as_of]
+            known.append(or_(ended.c.recorded_at.is_(None), ended.c.recorded_at > wanted.as_of))
+        if wanted.relation is not None:
+            known.append(claim.c.relation == wanted.relation)
+        query = (
+            select(claim, began.c.recorded_at, began.c.run_id, ended.c.recorded_at, ended.c.run_id)
+            .add_columns(*(began.c[column.name] for column in PROVENANCE))
+            .join(began, began.c.id == claim.c.since_fetch)
+            .outerjoin(ended, ended.c.id == claim.c.until_fetch)
+            .where(*known, *wanted.about(claim), claim.c.rank != "deprecated")
+            .order_by(claim.c.relation, claim.c.subject_label, claim.c.id)
+        )
+        rows = self._connection.execute(query, execution_options={"yield_per": STREAMED})
+        return (_claim_row(row) for row in rows if _covers(row.valid_from, row.valid_to, at))
+
+    def fact_row(self, relation: str, subjects: Collection[str]) -> FactRow | None:
+        """The live fact of a key, by any of the ids of its subject; None where there is none."""
         table = schema.fact
-        return self._rows(*_valid(relations, as_of), order=(table.c.relation, table.c.subject_label, table.c.id))
+        which = (table.c.relation == relation, table.c.subject_id.in_(subjects), table.c.until.is_(None))
+        return next(self._rows(*which), None)
 
     def history(self, subject: str, relation: str | None = None) -> list[FactRow]:
         """Every fact that there ever was about a subject, by relation, oldest first. `subject` is its id or any label
@@ -78,10 +156,12 @@ class FactReader(Session):
         which: list[ColumnElement[bool]] = [or_(table.c.subject_id == subject, table.c.subject_id.in_(ids))]
         if relation is not None:
             which.append(table.c.relation == relation)
-        return self._rows(*which, order=(table.c.relation, table.c.subject_id, table.c.since))
+        return list(self._rows(*which, order=(table.c.relation, table.c.subject_id, table.c.since)))
 
-    def _rows(self, *which: ColumnElement[bool], order: tuple[ColumnElement[Any], ...]) -> list[FactRow]:
-        table, fetch = schema.fact, schema.fetch
+    def _rows(
+        self, *which: ColumnElement[bool], order: Sequence[ColumnElement[Any]] = (), limit: int | None = None
+    ) -> Iterator[FactRow]:
+        table, fetch, claim = schema.fact, schema.fetch, schema.claim
         newest = (
             select(fetch.c.id)
             .where(fetch.c.source == table.c.source, fetch.c.recorded_at <= table.c.since)
@@ -90,14 +170,17 @@ class FactReader(Session):
             .correlate(table)
             .scalar_subquery()
         )
-        times = (table.c.since, table.c.until, table.c.since_run, table.c.until_run)
+        more = (table.c.since, table.c.until, table.c.since_run, table.c.until_run, table.c.id)
         query = (
-            select(*_columns(table), *times, *PROVENANCE)
+            select(*_columns(table), *more, claim.c.valid_from, claim.c.valid_to, *PROVENANCE)
             .outerjoin(fetch, fetch.c.id == newest)
+            .outerjoin(claim, claim.c.id == table.c.claim_id)
             .where(*which)
-            .order_by(*order)
+            .order_by(*(order or (table.c.relation, table.c.subject_label, table.c.id)))
+            .limit(limit)
         )
-        return [_fact_row(row) for row in self._connection.execute(query)]
+        streamed = {"yield_per": STREAMED}
+        return map(_fact_row, self._connection.execute(query, execution_options=streamed))
 
     def changes(
         self,
@@ -185,9 +268,24 @@ def _source(change: Change) -> str | None:
 
 
 def _fact_row(row: Sequence[Any]) -> FactRow:
-    width = len(FACT)
-    since, until, run_id, until_run = row[width : width + 4]
-    return FactRow(fact_of(row[:width]), since, until, run_id, until_run, provenance_of(tuple(row[width + 4 :])))
+    since, until, run, until_run, id_, start, end, *provenance = row[len(FACT) :]
+    fact, fetched = fact_of(row[: len(FACT)]), provenance_of(tuple(provenance))
+    return FactRow(fact, since, until, run, until_run, fetched, id_, start, end)
+
+
+def _claim_row(row: Any) -> FactRow:
+    """A claim in the form of a fact."""
+    since, run, until, until_run, *provenance = row[-4 - len(PROVENANCE) :]
+    subject, object_ = Entity(row.subject_id, row.subject_label), Entity(row.object_id, row.object_label)
+    fact = Fact(row.relation, subject, object_, row.source, row.origin, claim=row.id)
+    fetched = provenance_of(tuple(provenance))
+    return FactRow(fact, since, until, run, until_run, fetched, None, row.valid_from, row.valid_to)
+
+
+def _covers(start: str | None, end: str | None, at: tuple[int, ...]) -> bool:
+    """Whether a time is between two dates, as far as all are known."""
+    begun, over = date_parts(start), date_parts(end)
+    return begun[: len(at)] <= at[: len(begun)] and (not over or at[: len(over)] <= over[: len(at)])
 
 
 def _conflict_row(row: Sequence[Any]) -> ConflictRow:

@@ -82,6 +82,12 @@ class SourceReader(Session):
         )
         return {row.source: row.newest for row in self._connection.execute(query)}
 
+    def newest_number(self, source: str) -> int:
+        """How many fetches of a source were accepted."""
+        return (
+            self._connection.scalar(select(func.max(schema.fetch.c.number)).where(schema.fetch.c.source == source)) or 0
+        )
+
     def last_accepted(self, source: str) -> Provenance | None:
         """The newest fetch of `source` that was accepted; None before the first."""
         query = (

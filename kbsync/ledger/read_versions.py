@@ -13,7 +13,7 @@ from kbsync.ledger import schema
 from kbsync.ledger.codec import applied_from_json
 from kbsync.ledger.database import Session
 from kbsync.ledger.entities import follow_applied, follow_key, redirects_in
-from kbsync.ledger.records import HeadMove, HoldRow, ModelRow, ProbeRow, VersionRow
+from kbsync.ledger.records import HeadMove, HoldRow, ModelRow, Placement, ProbeRow, VersionRow
 from kbsync.versions.manifest import ActiveDelta
 
 __all__ = ["REBASE", "RETIRE", "VersionReader"]
@@ -58,6 +58,12 @@ class VersionReader(Session):
         if not found:
             raise UsageError(f"version {number} of {model}: there is no such version", hint="kbsync log")
         return found[0]
+
+    def parents(self, model: str) -> dict[int, int]:
+        """Version -> the one that it was made on; version 0 has none."""
+        table = schema.version
+        query = select(table.c.number, table.c.parent).where(table.c.model == model, table.c.parent.is_not(None))
+        return {row.number: row.parent for row in self._connection.execute(query)}
 
     def retired(self) -> dict[str, int]:
         """Models whose versions were given up -> the newest of those: their files need not be there."""
@@ -123,6 +129,41 @@ class VersionReader(Session):
             .order_by(table.c.delta_column, table.c.relation, table.c.subject_id)
         )
         return [_applied(row) for row in self._connection.execute(query)]
+
+    def placements(self, subjects: Collection[str], model: str | None = None) -> list[Placement]:
+        """Every column that was ever made for these subjects, oldest version first; `model` None: of all models."""
+        table = schema.delta_fact
+        query = select(table).where(table.c.subject_id.in_(subjects))
+        if model is not None:
+            query = query.where(table.c.model == model)
+        moved = redirects_in(self._connection)
+        columns = [(row.model, follow_applied(_applied(row), moved)) for row in self._connection.execute(query)]
+        holding: dict[tuple[str, str, int], list[int]] = {}
+        for (where, version, _), (_, applied) in sorted(self._holders(columns).items()):
+            holding.setdefault((where, applied.delta, applied.column), []).append(version)
+        found = [
+            Placement(where, applied, tuple(holding.get((where, applied.delta, applied.column), ())))
+            for where, applied in columns
+        ]
+        return sorted(found, key=lambda place: (place.model, place.versions, place.applied.request.key))
+
+    def _holders(self, columns: Sequence[tuple[str, Applied]]) -> dict[tuple[str, int, FactKey], tuple[int, Applied]]:
+        """(model, version, key) -> the column that counts there, with its delta's position."""
+        table = schema.version_delta
+        query = select(table.c.model, table.c.version, table.c.position, table.c.delta, table.c.excluded).where(
+            table.c.model.in_({where for where, _ in columns}),
+            table.c.delta.in_({applied.delta for _, applied in columns}),
+        )
+        active: dict[tuple[str, str], list[Any]] = {}
+        for row in self._connection.execute(query):
+            active.setdefault((row.model, row.delta), []).append(row)
+        found: dict[tuple[str, int, FactKey], tuple[int, Applied]] = {}
+        for where, applied in columns:
+            for row in active.get((where, applied.delta), ()):
+                place = (where, row.version, applied.request.key)
+                if applied.column not in row.excluded and (place not in found or found[place][0] < row.position):
+                    found[place] = (row.position, applied)
+        return found
 
     def holds(self, model: str) -> dict[FactKey, Hold]:
         """The holds in force."""

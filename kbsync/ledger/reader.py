@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from kbsync.ledger.entities import EntityReader
 from kbsync.ledger.read_decisions import DecisionReader
-from kbsync.ledger.read_facts import FactReader
+from kbsync.ledger.read_events import EventReader
 from kbsync.ledger.read_runs import RunReader
 from kbsync.ledger.read_sources import SourceReader
-from kbsync.ledger.read_versions import VersionReader
 
 __all__ = ["Reader"]
 
 
-class Reader(SourceReader, FactReader, RunReader, VersionReader, DecisionReader, EntityReader):
+class Reader(SourceReader, EventReader, RunReader, DecisionReader, EntityReader):
     """What the ledger answers, as of the moment that the transaction began."""

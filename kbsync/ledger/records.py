@@ -21,6 +21,7 @@ __all__ = [
     "HeadMove",
     "HoldRow",
     "ModelRow",
+    "Placement",
     "PlanRow",
     "ProbeRow",
     "PublishedVersion",
@@ -92,6 +93,10 @@ class FactRow:
     until_run_id: int | None
     provenance: Provenance | None
     """The fetch that the decision rests on: the newest one of `fact.source` when the fact was accepted."""
+    id: int | None = None
+    start: str | None = None
+    end: str | None = None
+    """When it is true in the world, as the claim behind it says (ISO 8601 text)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +232,16 @@ class HeadMove:
     at: datetime
     user: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A column that an edit made for a key of one model, and the versions whose weights have it as what the key holds:
+    its delta is active there, the column not excluded, and no later delta has the key, too."""
+
+    model: str
+    applied: Applied
+    versions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
