@@ -39,6 +39,8 @@ class Cell(Step):
     column: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     value: str | None = None
     """The same text in every row."""
+    otherwise: Cell | None = None
+    """What is read where the text is empty."""
     optional: bool = False
     """Whether the feed may come without the column: then the value is not given."""
     then: tuple[Then, ...] = ()
@@ -67,7 +69,7 @@ class Cell(Step):
     def _one(self) -> Cell:
         if (self.column is None) == (self.value is None):
             raise ValueError("needs either `column` or `value`")
-        if self.value is not None and (self._done() or self.then):
+        if self.value is not None and (self._done() or self.then or self.otherwise):
             raise ValueError("a constant is written as it should be: nothing can be done to it")
         if len(self._done()) > 1:
             raise ValueError(f"has {' and '.join(self._done())}: put the later ones under `then`, in order")
@@ -75,8 +77,9 @@ class Cell(Step):
         return self
 
     def columns(self) -> list[str]:
-        """The columns that it is read from."""
-        return columns_of(self.column) if self.column else []
+        """The columns that it is read from, and must be there."""
+        own = columns_of(self.column) if self.column and not self.optional else []
+        return own + (self.otherwise.columns() if self.otherwise else [])
 
     def functions(self) -> list[Callable[[str], str]]:
         """What is done to the text, in order."""
@@ -127,8 +130,15 @@ def reader(cell: Cell, column: ColumnOf[RecordT]) -> Reader[RecordT]:
     if cell.value is not None:
         constant = cell.value
         return lambda _: constant
-    template = cell.column or ""
-    read, functions = _template_reader(template, column), cell.functions()
+    read = _transformed(cell, _template_reader(cell.column or "", column))
+    if cell.otherwise is None:
+        return read
+    other = reader(cell.otherwise, column)
+    return lambda record: read(record) or other(record)
+
+
+def _transformed(cell: Cell, read: Reader[RecordT]) -> Reader[RecordT]:
+    functions = cell.functions()
     if not functions:
         return read
 
@@ -139,7 +149,7 @@ def reader(cell: Cell, column: ColumnOf[RecordT]) -> Reader[RecordT]:
                 if text:
                     text = function(text)
         except ValueError as error:
-            raise ValueError(f"{template}: {error}") from error
+            raise ValueError(f"{cell.column}: {error}") from error
         return text.strip()
 
     return transformed

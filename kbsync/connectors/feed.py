@@ -82,7 +82,7 @@ class RowOptions(Options):
         cells = [(f"columns.{name}", cell) for name, cell in self.columns.cells()]
         if self.row_id is not None:
             cells.append(("row_id", self.row_id))
-        found = {column: key for key, cell in reversed(cells) if not cell.optional for column in cell.columns()}
+        found = {column: key for key, cell in reversed(cells) for column in cell.columns()}
         return found | {column: "where" for column in self.where if column not in found}
 
     def digest(self, source: Source) -> str:
