@@ -123,8 +123,14 @@ def perform(
     """Do one command here if the workspace is free, else have the daemon that holds it do it."""
     workspace = Workspace.load(root)
     try:
-        with writer_lock(workspace.lock), open_workspace(root, user=user, progress=progress, cancelled=cancelled) as it:
+        with (
+            writer_lock(workspace.lock),
+            open_workspace(root, user=user, progress=progress, cancelled=cancelled) as it,
+            it.ledger.led(),
+        ):
             it.recover()
             return execute(it, command, arguments)
     except Busy:
+        if not workspace.socket.exists():
+            raise  # whoever holds it is no daemon of this workspace
         return call(workspace.socket, command, arguments, user=user, progress=progress)

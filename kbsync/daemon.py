@@ -58,7 +58,8 @@ def run_daemon(root: Path) -> None:
     with writer_lock(workspace.lock):
         ledger = Ledger.open(workspace.ledger_url)
         try:
-            Daemon(workspace, catalog, ledger).run()
+            with ledger.led():
+                Daemon(workspace, catalog, ledger).run()
         finally:
             ledger.close()
 

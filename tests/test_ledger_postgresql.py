@@ -8,9 +8,12 @@ import pytest
 from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
-from kbsync.errors import KbsyncError, LedgerError, UsageError
+from kbsync.commands import perform
+from kbsync.daemon import run_daemon
+from kbsync.errors import Busy, KbsyncError, LedgerError, UsageError
 from kbsync.ledger import Ledger, database
 from tests.ledgers import claims, decide, dump, facts, opened, snapshot, sync, tampered, url
+from tests.workspaces import workspace
 
 pytestmark = [
     pytest.mark.usefixtures("database"),
@@ -120,3 +123,21 @@ def test_other_programs_cannot_rewrite_the_audit_log(tmp_path: Path) -> None:
     """TRUNCATE, which SQLite does not have, is refused as UPDATE and DELETE are."""
     with opened(tmp_path), pytest.raises(DBAPIError, match="append-only"):
         tampered(tmp_path, "TRUNCATE audit")
+
+
+def test_one_process_runs_passes_on_a_ledger(tmp_path: Path) -> None:
+    """A second workspace with the same ledger is refused, daemon and command alike; readers and, once the first is
+    gone, everybody goes on."""
+    with opened(tmp_path) as ledger, opened(tmp_path) as other:
+        with ledger.led():
+            with pytest.raises(Busy, match="another daemon or command works on this ledger"), other.led():
+                pass
+            with other.read() as db:
+                assert db.runs() == []
+            made = workspace(tmp_path, {"Vega": "Lyra"})
+            with pytest.raises(Busy, match="another daemon"):
+                perform(made.root, "sync", {}, user="me")
+            with pytest.raises(Busy, match="another daemon"):
+                run_daemon(made.root)
+        with other.led():
+            pass

@@ -43,7 +43,6 @@ __all__ = [
     "analyze",
     "append_only",
     "application_id",
-    "backup",
     "bulk_insert",
     "database_file",
     "engine_for",
@@ -52,6 +51,7 @@ __all__ = [
     "insert_row",
     "integrity_problems",
     "journal_mode",
+    "led",
     "mark_as_ledger",
     "parsed",
     "place_of",
@@ -77,6 +77,9 @@ BATCH = 10_000
 
 _LOCK_NOT_AVAILABLE = "55P03"
 """PostgreSQL's code for a lock that was not had within `lock_timeout` (postgresql.org/docs, Appendix A)."""
+
+_LEADER_LOCK = 0x6B62737A
+"""Key of PostgreSQL's advisory lock that the one process holds that runs passes on a ledger, from whatever machine."""
 
 _WRITER_LOCK = 0x6B627379
 """Key of PostgreSQL's advisory lock that makes writers take turns, as SQLite's BEGIN IMMEDIATE does."""
@@ -276,6 +279,20 @@ def writing(engine: Engine) -> Connection:
     return connection
 
 
+@contextmanager
+def led(engine: Engine, place: str) -> Iterator[None]:
+    """Be the one process that runs passes on a server's ledger, for as long as a connection of its own lives; the lock
+    file of the workspace does that for SQLite. Raises Busy where another one is."""
+    if engine.dialect.name == "sqlite":
+        yield
+        return
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.detach()  # closed at the end, and the lock with it
+        if not connection.scalar(select(func.pg_try_advisory_lock(_LEADER_LOCK))):
+            raise Busy(f"{place}: another daemon or command works on this ledger", hint="wait for it, or stop it")
+        yield
+
+
 def insert_row(connection: Connection, table: Table, values: Mapping[str, Any]) -> int:
     """Insert one row; its id."""
     return int(connection.execute(table.insert().values(values).returning(table.c.id)).scalar_one())
@@ -375,37 +392,3 @@ def integrity_problems(connection: Connection, *, quick: bool) -> list[str]:
     for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
         problems.append(f"table {table}, row {row}: refers to a row that {parent} does not have")
     return problems
-
-
-def backup(engine: Engine, target: Path) -> None:
-    """A copy of the ledger as of now, by VACUUM INTO (synced by SQLite), checked, mode 0600; the ledger stays usable.
-
-    Raises LedgerError where `target` exists, the copy is not sound, or the ledger is on a server.
-    """
-    if engine.dialect.name != "sqlite":
-        raise LedgerError("the ledger is on a server", hint="pg_dump makes the backup")
-    try:
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except OSError as error:
-        raise LedgerError(f"{target}: {error.strerror}", hint="name a file that does not exist") from error
-    try:
-        _vacuum_into(engine, target)
-        verdict = _verdict(target)
-    except BaseException:
-        target.unlink()
-        raise
-    if verdict != "ok":
-        raise LedgerError(f"{target}: the copy is damaged: {verdict}", hint="kbsync verify")
-
-
-def _vacuum_into(engine: Engine, target: Path) -> None:
-    raw = engine.raw_connection()
-    try:
-        raw.cursor().execute("VACUUM INTO ?", (str(target),))  # outside any transaction, as VACUUM must be
-    finally:
-        raw.close()
-
-
-def _verdict(file: Path) -> str:
-    with closing(sqlite3.connect(file)) as copy:
-        return str(copy.execute("PRAGMA integrity_check").fetchone()[0])

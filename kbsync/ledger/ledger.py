@@ -20,6 +20,7 @@ from typing import Self
 from sqlalchemy import Connection, Engine, func, select
 
 from kbsync.ledger import database, schema
+from kbsync.ledger.backup import backup
 from kbsync.ledger.migrate import migrate
 from kbsync.ledger.reader import Reader
 from kbsync.ledger.writer import Writer
@@ -103,10 +104,16 @@ class Ledger:
             problems = database.integrity_problems(connection, quick=quick)
             return problems + _contradictions(connection) + _lost_heads(connection)
 
+    @contextmanager
+    def led(self) -> Iterator[None]:
+        """Be the one process that runs passes on this ledger, from whatever machine. Raises Busy where another is."""
+        with database.translated(self._place), database.led(self._engine, self._place):
+            yield
+
     def backup(self, path: Path) -> None:
         """A checked copy as of now; the ledger stays in use. Raises LedgerError where `path` exists or that fails."""
         with database.translated(self._place):
-            database.backup(self._engine, path)
+            backup(self._engine, path)
 
 
 def _contradictions(connection: Connection) -> list[str]:

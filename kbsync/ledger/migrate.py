@@ -6,10 +6,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
 from sqlalchemy import Connection, Engine, column, inspect, select, table
 
 from kbsync.errors import LedgerError
 from kbsync.ledger import database, views
+from kbsync.ledger.backup import backup
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -18,6 +20,9 @@ __all__ = ["REVISION", "create_tables", "migrate"]
 
 REVISION = "0002"
 """The newest revision in `migrations/versions`. Named here so that opening a current ledger need not load Alembic."""
+
+
+log = structlog.get_logger()
 
 
 def migrate(engine: Engine, place: str) -> Path | None:
@@ -36,6 +41,9 @@ def migrate(engine: Engine, place: str) -> Path | None:
     with database.writing(engine) as connection:
         _upgrade(config, connection)
         connection.commit()
+    if found is not None:
+        kept = str(copy) if copy is not None else "none of its own: the server's backups count"
+        log.warning("ledger_upgraded", ledger=place, schema=f"{found} -> {REVISION}", backup=kept)
     return copy
 
 
@@ -65,7 +73,7 @@ def _backup(engine: Engine, revision: str) -> Path | None:
     if file is None:
         return None  # a server's operator makes the backups
     target = file.with_name(f"{file.name}.{revision}-{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.backup")
-    database.backup(engine, target)
+    backup(engine, target)
     return target
 
 
