@@ -97,6 +97,18 @@ def test_an_unknown_policy_or_relation_is_a_usage_error_with_the_nearest_name(lo
         (SOURCE.replace("location: stars.csv\n", ""), "location:", "is missing"),
         (SOURCE.replace("stars.csv", "../../etc/passwd"), ":3: location:", "outside the folders"),
         (SOURCE.replace("object: constellation", "objekt: constellation"), ":4: columns.objekt:", "not a known key"),
+        (
+            SOURCE.replace("object: constellation", 'object: {column: c, match: "("}'),
+            ":4: columns.object.match:",
+            "is no pattern of RE2",
+        ),
+        (
+            SOURCE.replace("object: constellation", "object: {column: c, lookup: no.csv}"),
+            ":4: columns.object.lookup:",
+            "no.csv cannot be read",
+        ),
+        (SOURCE.replace("object: constellation", "object: {colum: c}"), ":4: columns.object", "is not a known key"),
+        (SOURCE + "minisign: {public_key: RWQ}\n", ":7: minisign.public_key:", "the public key"),
         (SOURCE.replace("source: stars", "source: Stars!"), ":1: source:", "(got 'Stars!')"),
         (SOURCE.replace("source: stars", "source: other"), "sources.0:", "no source stars"),
         (SOURCE.replace("relation: constellation", "relation: color"), "sources.0:", "gives the relation color"),

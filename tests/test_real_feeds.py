@@ -28,6 +28,7 @@ from tests.conftest import shared_data
 from tests.ledgers import Clock, opened
 
 CONGRESS = Path(__file__).parent / "data" / "congress"
+PAGE = Path(__file__).parents[1] / "docs" / "congress.md"
 DATES = ("2022-10-26", "2023-01-27", "2024-09-26", "2025-01-30", "2026-06-11")
 
 Holders = dict[str, tuple[str, str]]
@@ -67,6 +68,25 @@ def difference(before: Holders, after: Holders) -> Counter[str]:
         changed=sum(before[seat][0] != after[seat][0] for seat in both),
         relabelled=sum(before[seat][0] == after[seat][0] and before[seat] != after[seat] for seat in both),
     )
+
+
+def documented() -> list[dict[str, int]]:
+    """The table of docs/congress.md."""
+    rows = re.findall(r"^\| \d{4}-.+$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    kinds = ("changed", "added", "removed", "relabelled")
+    return [dict(zip(kinds, map(int, row.split("|")[3:7]), strict=True)) for row in rows]
+
+
+def test_the_page_has_the_files_that_are_tested() -> None:
+    """docs/congress.md shows the sources and the policy of tests/data/congress as they are."""
+    blocks = re.findall(r"```yaml\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert [name for name, _ in blocks] == [
+        "sources/senators.yaml",
+        "sources/representatives.yaml",
+        "policies/congress.yaml",
+    ]
+    for name, text in blocks:
+        assert (CONGRESS / name).read_text(encoding="utf-8") == text
 
 
 @pytest.fixture
@@ -124,6 +144,7 @@ def test_five_congresses_come_out_as_holders_replaced(congress: Catalog, tmp_pat
         with ledger.read() as db:
             facts = db.facts(("holder",))
     expected = [difference(members(one), members(two)) for one, two in pairwise(DATES)]
+    assert expected == [Counter(kinds) for kinds in documented()]
     assert seen[0] == {"added": len(members(DATES[0]))}
     assert seen[1:] == expected
     assert {key.subject: (fact.object.id, fact.object.label) for key, fact in facts.items()} == members(DATES[-1])
