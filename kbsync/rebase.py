@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from kbsync.config import Workspace
+from kbsync.cost import measured, missing_targets, seconds_of
 from kbsync.edit import Edit
 from kbsync.editor.job import ControlFile
 from kbsync.errors import Cancelled, GateRejected, KbsyncError, UsageError
-from kbsync.facts import Applied, EditRequest, FactKey
+from kbsync.facts import Applied, FactKey
+from kbsync.ledger.reader import Reader
 from kbsync.line import Judge, Line
-from kbsync.plan import carried
+from kbsync.plan import Plan, Retraction, carried
+from kbsync.plan_document import document_of
 from kbsync.serving import Versions
 from kbsync.strategy import facts_left, rebase_due, warnings
-from kbsync.versions.manifest import Manifest
 
 __all__ = ["forecast", "forecast_onto", "make_as_run", "rebase", "take_over"]
 
@@ -114,14 +116,14 @@ def forecast(line: Line) -> dict[str, Any]:
     with line.ledger.read() as db:
         head = db.head(line.model)
         requests = {applied.request.digest: applied.request for applied in live.values()}
-    measured = _measured(line)
-    missing = _missing(line, list(requests.values()), measured)
+    manifests = measured(line)
+    missing = missing_targets(line, list(requests.values()), manifests)
     return {
         "model": line.model,
         "head": head,
         "facts": len(live),
         "targets": missing,
-        "seconds": _seconds(measured, len(requests), missing),
+        "seconds": seconds_of(manifests, len(requests), missing),
         "due": rebase_due(line.strategy, odometer, live=len(live)),
         "since": odometer.since,
         "anchor": odometer.anchor,
@@ -139,8 +141,8 @@ def forecast_onto(line: Line, workspace: Workspace) -> dict[str, Any]:
     new = Versions.open(workspace, line.ledger)
     workspace.preset(new.folder.name)
     found = forecast(line)
-    measured = _measured(line)
-    seconds = _seconds(measured, found["facts"], found["facts"])
+    manifests = measured(line)
+    seconds = seconds_of(manifests, found["facts"], found["facts"])
     scale = _size(new.folder.path) / _size(line.folder.path)
     return {
         "model": new.model,
@@ -151,44 +153,6 @@ def forecast_onto(line: Line, workspace: Workspace) -> dict[str, Any]:
         "seconds": None if seconds is None else seconds * scale,
         "change": _change(workspace),
     }
-
-
-def _measured(line: Line) -> list[Manifest]:
-    """Manifests of the line's versions that inserted facts and took the time of it, newest first."""
-    with line.ledger.read() as db:
-        rows = [row for row in db.versions(line.model) if row.manifest_sha256 and row.facts]
-    found = [line.store.manifest(row.number, row.manifest_sha256) for row in reversed(rows)]
-    return [manifest for manifest in found if "seconds" in manifest.numerics]
-
-
-def _missing(line: Line, requests: Sequence[EditRequest], measured: Sequence[Manifest]) -> int:
-    """How many target vectors are not stored, by the names that they would have with the contexts of the last edit."""
-    from kbsync.editor.target_store import TargetStore
-
-    if not measured or "contexts" not in measured[0].numerics:
-        return len(requests)
-    store = TargetStore(
-        line.workspace.targets,
-        fingerprint=line.fingerprint,
-        dtype=f"torch.{measured[0].dtype}",
-        preset=line.preset,
-        contexts=measured[0].numerics["contexts"],
-    )
-    return sum(1 for request in requests if not store.path(request).exists())
-
-
-def _seconds(measured: Sequence[Manifest], facts: int, targets: int) -> float | None:
-    """Each phase's time per fact, the longest of all versions for target vectors: a later one had them cached."""
-    if not measured:
-        return None
-
-    def per_fact(manifest: Manifest, phase: str) -> float:
-        return float(manifest.numerics["seconds"].get(phase, 0.0)) / len(manifest.facts)
-
-    newest = measured[0]
-    once = float(newest.numerics["seconds"].get("load", 0.0))
-    each = per_fact(newest, "insert") + per_fact(newest, "probe")
-    return once + facts * each + targets * max(per_fact(manifest, "targets") for manifest in measured)
 
 
 def _size(folder: Path) -> int:
@@ -204,11 +168,24 @@ def _live(line: Line) -> Mapping[FactKey, Applied]:
     return keep
 
 
+def _plan_of(db: Reader, line: Line, edit: Edit) -> Plan:
+    """The edit as a plan on HEAD: what it inserts, the kept facts of a rebase too, and what it takes out."""
+    head = db.head(line.model)
+    now = db.applied(line.model, head)
+    again = carried(edit.keep, db.facts()) if edit.kind == "rebase" else []
+    edits = sorted([*again, *edit.edits], key=lambda planned: planned.request.key)
+    going = now.keys() - edit.keep.keys() - {planned.request.key for planned in edits}
+    retractions = tuple(Retraction(key, now[key]) for key in sorted(going))
+    return Plan(line.model, head, edits=tuple(edits), retractions=retractions)
+
+
 def make_as_run(line: Line, edit: Edit, judge: Judge | None, *, trigger: str) -> dict[str, Any]:
     """Make a version as a run of its own. Raises GateRejected where it falls short, and what editing raises; the run's
     end is recorded either way."""
     with line.ledger.write() as db:
         run_id = db.start_run(None, model=line.model, trigger=trigger, user=line.user)
+        plan = _plan_of(db, line, edit)
+        db.note_plan(run_id, line.model, plan.head, plan.digest, document_of(plan, None).model_dump(mode="json"))
     try:
         outcome = line.make(replace(edit, run_id=run_id), judge)
     except KbsyncError as error:

@@ -22,22 +22,25 @@ from typing import Any
 
 import structlog
 
+from kbsync.carry import Carrier, skips_known
 from kbsync.catalog import Catalog, load_catalog
 from kbsync.child import run_edit
 from kbsync.config import Workspace
-from kbsync.edit import Edit, Outcome
+from kbsync.connectors import Connector
+from kbsync.cost import cost_of
 from kbsync.editor.job import ControlFile, EditResult
-from kbsync.errors import Cancelled, GateRejected, Held, Inseparable, KbsyncError, SourceError, UsageError
-from kbsync.facts import EditRequest, Snapshot
-from kbsync.gate import shortfalls, shortfalls_by_policy
+from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
+from kbsync.facts import EditRequest, FactKey, Hold, Provenance, Snapshot
+from kbsync.gate import shortfalls_by_policy
 from kbsync.intake import take_in
-from kbsync.ledger import Ledger
-from kbsync.ledger.read_versions import REBASE
+from kbsync.ledger import Ledger, StagedPlan
 from kbsync.ledger.reader import Reader
+from kbsync.ledger.writer import Writer
 from kbsync.line import Line
 from kbsync.observe import observe
-from kbsync.plan import Plan, check_edits, make_plan
-from kbsync.policy import Inverse, Policy, Relation, render
+from kbsync.plan import Plan, PlannedEdit, Retraction, check_edits
+from kbsync.plan_document import PlanDocument, document_of, moved
+from kbsync.policy import Policy, render
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast_onto, take_over
 from kbsync.report import Report
@@ -47,6 +50,11 @@ __all__ = ["SCHEDULED", "Reconciler", "open_workspace"]
 
 SCHEDULED = "schedule"
 """The trigger of a daemon's own passes: only these mind the edit window, a person's `sync` does not."""
+
+SHOWN_MOVES = 5
+"""Differences that a refusal names."""
+
+_Observed = tuple[list[Snapshot], list[SourceError]]
 
 log = structlog.get_logger()
 
@@ -62,6 +70,17 @@ def open_workspace(
         yield Reconciler(workspace, load_catalog(workspace), ledger, user, progress, cancelled or threading.Event())
     finally:
         ledger.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Review:
+    """A plan that a person has seen and wants carried out: exactly that one. `reasons`: what the guard is known to say
+    (None: whatever it says); `refused`: the rows that are to stay out, each with the evidence for its hold."""
+
+    document: PlanDocument | None
+    digest: str
+    reasons: Collection[str] | None = None
+    refused: Mapping[FactKey, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -109,7 +128,7 @@ class Reconciler:
         known = {digest for digest, answered in db.known(line.fingerprint).items() if answered}
         applied = db.applied(line.model, db.head(line.model))
         wordings = [policy.wording() for policy in self.catalog.policies.values()]
-        words = {name: said for wording in wordings for name, said in wording.items() if _skips_known(said)}
+        words = {name: said for wording in wordings for name, said in wording.items() if skips_known(said)}
         found = [render(fact, words[fact.relation]) for fact in db.facts(tuple(words)).values()]
         return [request for request in found if request.digest in known and request.key not in applied]
 
@@ -117,31 +136,128 @@ class Reconciler:
         """What `sync` would do now: fetches and decides, and leaves the ledger as it was."""
         return self._each(names, self._dry_run)
 
-    def sync(self, names: Collection[str] = (), *, trigger: str = "sync") -> list[Report]:
-        """One pass of each policy named (default: all). What goes wrong with one is in its report; others go on."""
-        return self._each(names, lambda policy, line: self._pass(policy, line, trigger))
+    def sync(
+        self, names: Collection[str] = (), *, trigger: str = "sync", reviewed: Sequence[PlanDocument] | None = None
+    ) -> list[Report]:
+        """One pass of each policy named (default: all). What goes wrong with one is in its report; others go on.
 
-    def approve(self, run_id: int) -> Report:
-        """Apply exactly the plan of a held run. Raises UsageError where the run is not held or the world has moved."""
+        `reviewed`: one pass of each policy that has a document, which carries out exactly that plan: where the world
+        has moved the report says what, and a guard holds what the document does not show.
+        """
+        reviews = {str(one.policy): _Review(one, one.digest, one.guard) for one in reviewed or ()}
+        if reviewed is not None:
+            if strangers := set(names) - reviews.keys():
+                raise UsageError(f"the plan has none for policy {min(strangers)}", hint="kbsync plan --out FILE")
+            names = names or reviews.keys()
+        return self._each(names, lambda policy, line: self._pass(policy, line, trigger, reviews.get(policy.policy)))
+
+    def replay(self, names: Collection[str] = ()) -> list[Report]:
+        """One pass of each policy on the claims that the ledger has: no source is asked. For after a ruling or another
+        policy."""
+        return self._each(names, lambda policy, line: self._pass(policy, line, "replay", observe=lambda _: ([], [])))
+
+    def refetch(self, source: str) -> list[Report]:
+        """One pass of each policy that names the source, which is read anew, though it may say that nothing changed: its
+        mapping did. Raises UsageError for a source that no policy names."""
+        names = [name for name, policy in self.catalog.policies.items() if source in policy.sources]
+        if not names:
+            raise UsageError(f"no policy names the source {source}", hint="kbsync check")
+        connectors = {source: _Anew(self.catalog.connector(source))}
+        return self._each(
+            names,
+            lambda policy, line: self._pass(policy, line, "refetch", observe=lambda _: self._observe(connectors)),
+        )
+
+    def approve(
+        self,
+        run_id: int,
+        *,
+        digest: str | None = None,
+        only: Collection[Sequence[str]] = (),
+        without: Collection[Sequence[str]] = (),
+        reason: str = "",
+    ) -> Report:
+        """Apply exactly the plan of a held run, but for the rows that were refused: of those the ledger records the
+        facts, and holds keep them out of the weights. `only`, `without`: (subject, relation) of the rows to take, or to
+        refuse. `digest`: the plan must have it.
+
+        Raises UsageError where the run is not held, the plan is another one or has no such row, or the world has moved.
+        """
+        staged, document, snapshots = self._staged(run_id)
+        if digest is not None and digest != staged.plan_digest:
+            raise UsageError(
+                f"run {run_id}: its plan is {staged.plan_digest[:12]}…, not {digest[:12]}…", hint="kbsync holds --json"
+            )
+        policy = self.catalog.policy(staged.policy or "")
+        if only or without:
+            self._judge_rows(run_id, document, only, without, approve=True, reason=reason)
+        with self.ledger.read() as db:
+            verdicts = db.verdicts(run_id).values()
+        refused = {
+            row.key: f"run {run_id}: refused by {row.user}" + (f": {row.reason}" if row.reason else "")
+            for row in verdicts
+            if not row.approved
+        }
+        line = self.line()
+        review = _Review(document, staged.plan_digest, refused=refused)
+        report = self._decide(policy, line, snapshots, run_id=run_id, review=review)
+        with self.ledger.write() as db:
+            detail = {"plan": staged.plan_digest, "refused": [list(key) for key in sorted(refused)], "reason": reason}
+            db.audit(self.user, "approve", detail, run_id=run_id)
+        return self._finish(policy, line, report)
+
+    def reject(
+        self,
+        run_id: int,
+        reason: str = "",
+        *,
+        only: Collection[Sequence[str]] = (),
+        without: Collection[Sequence[str]] = (),
+    ) -> Report:
+        """Drop a held run: its snapshot never reaches the ledger. With `only` or `without`, refuse just these rows, or
+        all but these: the run goes on waiting. Raises UsageError where the run is not held or has no such row."""
+        staged, document, _ = self._staged(run_id)
+        policy = staged.policy or ""
+        if only or without:
+            refused = self._judge_rows(run_id, document, only, without, approve=False, reason=reason)
+            note = f"{refused} rows refused; kbsync approve {run_id} applies the others"
+            return Report(policy=policy, status="held", run_id=run_id, notes=[note])
+        with self.ledger.write() as db:
+            db.unstage(run_id)
+            db.finish_run(run_id, "rejected", reason)
+            db.audit(self.user, "reject", {"run": run_id, "reason": reason})
+        return Report(policy=policy, status="rejected", run_id=run_id)
+
+    def _staged(self, run_id: int) -> tuple[StagedPlan, PlanDocument | None, list[Snapshot]]:
         with self.ledger.read() as db:
             staged, snapshots = db.staged_plan(run_id), db.staged(run_id)
         if staged is None or staged.policy is None:
             raise UsageError(f"run {run_id} is not held", hint="kbsync runs")
-        policy = self.catalog.policy(staged.policy)
-        line = self.line()
-        report = self._decide(policy, line, snapshots, run_id=run_id, expected=staged.plan_digest)
-        return self._finish(policy, line, report)
+        return staged, PlanDocument.read(staged.plan), snapshots
 
-    def reject(self, run_id: int, reason: str = "") -> Report:
-        """Drop a held run: its snapshot never reaches the ledger. Raises UsageError where the run is not held."""
+    def _judge_rows(
+        self,
+        run_id: int,
+        document: PlanDocument | None,
+        only: Collection[Sequence[str]],
+        without: Collection[Sequence[str]],
+        *,
+        approve: bool,
+        reason: str,
+    ) -> int:
+        """Keep a verdict on every row that is named, and the opposite one on the others where an approval takes only
+        some, or a rejection leaves some; the number of rows refused."""
+        if document is None:
+            raise UsageError(f"run {run_id} was held by an older kbsync, which kept no rows", hint="kbsync sync")
+        named = {document.find(*row) for row in (*only, *without)}
+        others = document.rows.keys() - named
+        refused = (others if only else named) if approve else (named if only else others)
+        taken = document.rows.keys() - refused if approve else set()
         with self.ledger.write() as db:
-            staged = db.staged_plan(run_id)
-            if staged is None:
-                raise UsageError(f"run {run_id} is not held", hint="kbsync runs")
-            db.unstage(run_id)
-            db.finish_run(run_id, "rejected", reason)
-            db.audit(self.user, "reject", {"run": run_id, "reason": reason})
-        return Report(policy=staged.policy or "", status="rejected", run_id=run_id)
+            for keys, approved in ((refused, False), (taken, True)):
+                if keys:
+                    db.set_verdicts(run_id, keys, approved=approved, user=self.user, reason=reason)
+        return len(refused)
 
     def take_over(self, model: str, preset: str | None, reason: str = "", *, dry: bool = False) -> dict[str, Any]:
         """Put what the live version of kbsync.yaml's model holds into another base, as a version of its own line. HEAD
@@ -167,29 +283,36 @@ class Reconciler:
                 reports.append(Report(policy=policy.policy, status="failed", problems=[error]))
         return reports
 
-    def _observe(self, policy: Policy) -> tuple[list[Snapshot], list[SourceError]]:
-        """Snapshots of the policy's sources, and what kept others from answering. Raises that where none answered."""
-        connectors = {name: self.catalog.connector(name) for name in policy.sources}
+    def _observe_all(self, policy: Policy) -> _Observed:
+        return self._observe({name: self.catalog.connector(name) for name in policy.sources})
+
+    def _observe(self, connectors: Mapping[str, Connector]) -> _Observed:
+        """Snapshots of the sources, and what kept others from answering. Raises that where none answered."""
         snapshots, failures = observe(connectors, self.ledger, progress=self.progress)
         if failures and not snapshots:
             raise failures[0]
         return snapshots, failures
 
     def _dry_run(self, policy: Policy, line: Line) -> Report:
-        snapshots, failures = self._observe(policy)
+        snapshots, failures = self._observe_all(policy)
         report = self._decide(policy, line, snapshots, dry=True)
-        if report.plan is not None and not report.plan.empty:
-            report.rebase = line.rebase_due(report.plan.leaving)
         report.problems.extend(failures)
         return report
 
-    def _pass(self, policy: Policy, line: Line, trigger: str) -> Report:
+    def _pass(
+        self,
+        policy: Policy,
+        line: Line,
+        trigger: str,
+        review: _Review | None = None,
+        observe: Callable[[Policy], _Observed] | None = None,
+    ) -> Report:
         with self.ledger.write() as db:
             run_id = db.start_run(policy.policy, model=line.model, trigger=trigger, user=self.user)
             db.set_schedule_state(replace(db.schedule_state(policy.policy), last_started=db.now))
         try:
-            snapshots, failures = self._observe(policy)
-            report = self._decide(policy, line, snapshots, run_id=run_id)
+            snapshots, failures = (observe or self._observe_all)(policy)
+            report = self._decide(policy, line, snapshots, run_id=run_id, review=review)
             report.problems.extend(failures)
             if report.status == "held":
                 return report
@@ -210,49 +333,67 @@ class Reconciler:
         snapshots: Sequence[Snapshot],
         *,
         run_id: int | None = None,
-        expected: str | None = None,
+        review: _Review | None = None,
         dry: bool = False,
     ) -> Report:
-        """Record, resolve, plan and guard in one transaction. `expected` is the digest of a plan that a person
-        approved: then the guard is off and any other plan is refused."""
+        """Record, resolve, plan and guard in one transaction. With a review any other plan is refused, the guard is off
+        as far as it says what was reviewed, and the rows that were refused are held."""
+        carrier = self._carrier(policy, line)
         with self.ledger.write() as db:
             run = run_id or db.start_run(policy.policy, model=line.model, trigger="plan", user=self.user)
             taken = take_in(db, policy, run, snapshots)
-            plan = self._plan(db, policy, line)
+            plan = carrier.plan(db)
             report = Report(policy=policy.policy, run_id=run, changes=taken.changes, plan=plan, counts=taken.counts)
             report.reasons = [*taken.reasons, *check_edits(plan, policy.guard)]
             report.counts |= {"edits": len(plan.edits), "retractions": len(plan.retractions), "held": len(plan.held)}
-            if expected is not None and plan.digest != expected:
-                raise UsageError(
-                    f"run {run}: the plan is no longer the one that was held: HEAD or a fact has moved",
-                    hint=f"kbsync sync {policy.policy}",
-                )
-            held = bool(report.reasons) and expected is None
+            if review is not None:
+                _refuse_another(run, policy, review, plan)
+            held = bool(_unseen(report.reasons, review))
             if dry or held:
+                report.document = self._document(db, policy, snapshots, report)
                 db.rollback()
             else:
                 db.unstage(run)
                 db.release(line.model, plan.ended_holds)
+                if review is not None and review.refused:
+                    _hold_refused(db, run, plan, review.refused)
+                    report.plan = carrier.plan(db)
         report.run_id = run_id
         report.status = "planned" if dry else "held" if held else "decided"
+        if report.document is not None:
+            self._add_cost(line, report)
         if held:
             self._hold_run(run, report, snapshots, dry=dry)
         return report
 
-    def _plan(self, db: Reader, policy: Policy, line: Line) -> Plan:
-        head = db.head(line.model)
-        return make_plan(
-            db.facts(tuple(policy.wording())),
-            db.applied(line.model, head),
-            db.holds(line.model),
-            policy.wording(),
-            known=db.known_to(line.model, head),
-            model=line.model,
-            head=head,
+    def _carrier(self, policy: Policy, line: Line) -> Carrier:
+        return Carrier(self.ledger, policy, line, self.controls, self.judge)
+
+    def _document(self, db: Reader, policy: Policy, snapshots: Sequence[Snapshot], report: Report) -> PlanDocument:
+        """The plan for review; what it costs is added when the transaction is over."""
+        if report.plan is None:
+            raise ValueError("a report without a plan has no document")
+        relations = tuple(policy.wording())
+        return document_of(
+            report.plan,
+            policy.policy,
+            snapshots=snapshots,
+            changes=report.changes,
+            conflicts=[row.conflict for row in db.conflicts() if row.conflict.key.relation in relations],
+            waiting=[row.waiting for row in db.waiting(relations)],
+            guard=report.reasons,
         )
 
+    def _add_cost(self, line: Line, report: Report) -> None:
+        if report.plan is None or report.document is None:
+            return
+        if not report.plan.empty:
+            report.rebase = line.rebase_due(report.plan.leaving)
+        cost = {"rebase": report.rebase, "cost": cost_of(line, report.plan)}
+        report.document = report.document.model_copy(update=cost)
+
     def _hold_run(self, run: int, report: Report, snapshots: Sequence[Snapshot], *, dry: bool) -> None:
-        if report.plan is None:
+        if report.document is None:
             return
         problem = Held(
             f"policy {report.policy}: {'; '.join(report.reasons)}",
@@ -261,8 +402,9 @@ class Reconciler:
         report.problems.append(problem)
         if dry:
             return
+        document = report.document.model_dump(mode="json")
         with self.ledger.write() as db:
-            db.stage(run, snapshots, report.plan.to_json(), report.plan.digest, list(report.reasons))
+            db.stage(run, snapshots, document, report.document.digest, list(report.reasons))
             db.finish_run(run, "held", "; ".join(report.reasons), report.counts)
 
     def _outside_window(self) -> bool:
@@ -282,7 +424,7 @@ class Reconciler:
         if report.run_id is None:
             raise UsageError("a plan without a run cannot be carried out")
         try:
-            self._carry_out(policy, line, report)
+            self._carrier(policy, line).carry_out(report)
             report.status = "done"
         except GateRejected as error:
             report.status = "rejected"
@@ -294,93 +436,53 @@ class Reconciler:
                 db.set_schedule_state(replace(db.schedule_state(policy.policy), last_ok=db.now))
         return report
 
-    def _carry_out(self, policy: Policy, line: Line, report: Report) -> None:
-        """Versions until nothing is left to do."""
-        done: set[str] = set()
-        plan = report.plan
-        while plan is not None and not plan.empty and plan.digest not in done:
-            done.add(plan.digest)
-            outcome = self._next_version(policy, line, plan, report)
-            report.probe = outcome.result.probe
-            report.counts["failed"] = report.counts.get("failed", 0) + len(outcome.held)
-            for phase, seconds in outcome.result.seconds.items():
-                report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
-            if outcome.version is not None:
-                report.versions.append(outcome.version)
-            with self.ledger.read() as db:
-                plan = self._plan(db, policy, line)
-
-    def _next_version(self, policy: Policy, line: Line, plan: Plan, report: Report) -> Outcome:
-        """As a rebase with the whole plan in it, where one is due, else of at most `batch.max_facts` facts on the live
-        version; as a rebase after all where a fact cannot leave that version otherwise. In mode auto a rebase that is
-        rejected holds nothing up: it is tried again `rebase_every` versions later, or with other settings."""
-        report.rebase = line.rebase_due(plan.leaving)
-        if report.rebase is not None:
-            outcome = self._edit(policy, line, plan, report)
-            if not outcome.rejected or line.strategy.mode != "auto" or line.stored_whole(plan.leaving):
-                return self._accepted(policy, line, plan, outcome, report)
-            self._note_rejected(line, REBASE, plan.head, outcome, report)
-            report.notes.append(f"a rebase ({report.rebase}) was rejected: {'; '.join(outcome.rejected)}")
-            report.rebase = None
-        batch = plan.take(policy.batch.max_facts)
-        try:
-            outcome = self._edit(policy, line, batch, report)
-        except Inseparable as error:
-            report.rebase, batch = error.message, plan
-            outcome = self._edit(policy, line, plan, report)
-        return self._accepted(policy, line, batch, outcome, report)
-
-    def _edit(self, policy: Policy, line: Line, batch: Plan, report: Report) -> Outcome:
-        with self.ledger.read() as db:
-            applied = db.applied(line.model, batch.head)
-            forgotten = db.forgotten(line.model, batch.head)
-            tried = db.is_rejected(line.model, batch.digest, line.settings_digest, batch.head)
-        if tried:
-            raise GateRejected(
-                f"policy {policy.policy}: the gate rejected this very plan before; it is not tried again until the "
-                "plan, the settings or HEAD change",
-                hint="kbsync runs",
-            )
-        wording = policy.wording()
-        anew = report.rebase is not None
-        edit = Edit(
-            kind="rebase" if anew else "edit",
-            run_id=report.run_id or 0,
-            keep={key: fact for key, fact in applied.items() if key not in batch.leaving},
-            edits=batch.edits,
-            skip_known=[
-                planned.request.digest
-                for planned in batch.edits
-                if _skips_known(wording[planned.request.key.relation]) and planned.request.digest not in forgotten
-            ],
-            controls=self.controls(None if anew else [policy]),
-            reason=f"sync {policy.policy}" + (f", a rebase: {report.rebase}" if anew else ""),
-        )
-        return line.make(edit, self.judge if anew else lambda probe, _: shortfalls(probe, policy.gate))
-
-    def _accepted(self, policy: Policy, line: Line, batch: Plan, outcome: Outcome, report: Report) -> Outcome:
-        """The outcome, unless the gate rejected it: then that is noted and GateRejected raised."""
-        if outcome.rejected:
-            self._note_rejected(line, batch.digest, batch.head, outcome, report)
-            raise GateRejected(
-                f"policy {policy.policy}: the gate rejected the version: {'; '.join(outcome.rejected)}",
-                hint=f"kbsync runs --json shows the probe report of run {report.run_id}",
-            )
-        return outcome
-
-    def _note_rejected(self, line: Line, digest: str, head: int, outcome: Outcome, report: Report) -> None:
-        reason = "; ".join(outcome.rejected)
-        with self.ledger.write() as db:
-            db.note_rejected(line.model, digest, line.settings_digest, head, run_id=report.run_id, reason=reason)
-            for hold in outcome.held:
-                db.hold(line.model, hold, run_id=report.run_id)
-            db.note_probe(line.model, None, dict(outcome.result.probe), run_id=report.run_id)
-
     def _end(self, run_id: int, status: Any, message: str, counts: Mapping[str, int] | None = None) -> None:
         with self.ledger.write() as db:
             db.finish_run(run_id, status, message, counts or {})
         log.info("run_finished", run=run_id, status=status, message=message, **(counts or {}))
 
 
-def _skips_known(words: Relation | Inverse) -> bool:
-    return isinstance(words, Relation) and words.skip_known
+@dataclass(frozen=True, slots=True)
+class _Anew:
+    """A connector that is asked for everything, as if for the first time."""
+
+    connector: Connector
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        return self.connector.warnings
+
+    def fetch(self, _previous: Provenance | None) -> Snapshot:
+        return self.connector.fetch(None)
+
+
+def _refuse_another(run: int, policy: Policy, review: _Review, plan: Plan) -> None:
+    """Raise UsageError, naming what has moved, where the plan is not the one that was reviewed."""
+    if plan.digest == review.digest:
+        return
+    found = moved(review.document, document_of(plan, policy.policy)) if review.document else ["HEAD or a fact"]
+    more = f" and {len(found) - SHOWN_MOVES} more" if len(found) > SHOWN_MOVES else ""
+    raise UsageError(
+        f"run {run}: the plan is no longer the one that was reviewed: {'; '.join(found[:SHOWN_MOVES])}{more}",
+        hint=f"kbsync plan {policy.policy}, or kbsync sync {policy.policy}",
+    )
+
+
+def _unseen(reasons: Sequence[str], review: _Review | None) -> list[str]:
+    """The guard's reasons that nobody has seen yet."""
+    if review is None:
+        return list(reasons)
+    return [] if review.reasons is None else [reason for reason in reasons if reason not in review.reasons]
+
+
+def _hold_refused(db: Writer, run: int, plan: Plan, refused: Mapping[FactKey, str]) -> None:
+    """Freeze each refused row of the plan at what the weights hold now."""
+    wanted: dict[FactKey, PlannedEdit | Retraction] = {edit.request.key: edit for edit in plan.edits}
+    wanted |= {gone.key: gone for gone in plan.retractions}
+    for key in sorted(refused.keys() & wanted.keys()):
+        row = wanted[key]
+        if isinstance(row, Retraction):
+            hold = Hold(key, row.applied, None, "manual", refused[key])
+        else:
+            hold = Hold(key, row.replaces, row.object_id, "manual", refused[key])
+        db.hold(plan.model, hold, run_id=run)

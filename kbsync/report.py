@@ -9,6 +9,7 @@ from typing import Any
 from kbsync.errors import KbsyncError
 from kbsync.facts import Change
 from kbsync.plan import Plan
+from kbsync.plan_document import PlanDocument
 
 __all__ = ["Report"]
 
@@ -22,6 +23,8 @@ class Report:
     run_id: int | None = None
     changes: Sequence[Change] = ()
     plan: Plan | None = None
+    document: PlanDocument | None = None
+    """The plan for review, where the pass was not to carry it out at once."""
     rebase: str | None = None
     """Why the version that the plan asks for is, or was to be, a rebase."""
     counts: dict[str, int] = field(default_factory=dict)
@@ -45,6 +48,7 @@ class Report:
             "run": self.run_id,
             "changes": [change.to_json() for change in self.changes],
             "plan": self.plan.to_json() if self.plan else None,
+            "document": self.document.model_dump(mode="json") if self.document else None,
             "rebase": self.rebase,
             "notes": self.notes,
             "counts": self.counts,

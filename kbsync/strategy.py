@@ -10,6 +10,7 @@ depend on the path there. When it is due is decided here, from what each version
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kbsync.policy import Share
 
-__all__ = ["Capacity", "Odometer", "Strategy", "facts_left", "over", "rebase_due", "warnings"]
+__all__ = ["Capacity", "Odometer", "Strategy", "facts_left", "norm_with", "over", "rebase_due", "warnings"]
 
 WARN_AT = 0.8
 """Share of the way to a limit at which `status` begins to warn."""
@@ -124,6 +125,13 @@ def facts_left(strategy: Strategy, capacity: Capacity | None) -> int | None:
     if capacity is None or not capacity.facts or not capacity.norm:
         return None
     return max(0, int(capacity.facts * ((strategy.max_relative_norm / capacity.norm) ** 2 - 1)))
+
+
+def norm_with(capacity: Capacity | None, facts: int) -> float | None:
+    """The largest ‖ΔW‖/‖W‖ to expect with so many facts, by the same rule; None: unknown yet."""
+    if capacity is None or not capacity.facts:
+        return None
+    return capacity.norm * math.sqrt(max(facts, 0) / capacity.facts)
 
 
 def warnings(strategy: Strategy, capacity: Capacity | None) -> list[str]:

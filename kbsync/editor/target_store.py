@@ -16,8 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kbsync.editor.preset import Preset
+from kbsync.editor.target_names import TargetNames
 from kbsync.editor.targets import Target
-from kbsync.facts import EditRequest, digest_of
+from kbsync.facts import EditRequest
 from kbsync.versions.files import write_durably
 
 __all__ = ["TargetStore"]
@@ -28,11 +29,11 @@ class TargetStore:
 
     def __init__(self, folder: Path, *, fingerprint: str, dtype: str, preset: Preset, contexts: Sequence[str]) -> None:
         self._folder = folder
-        self._scope = [fingerprint, dtype, preset.target_digest, list(contexts)]
+        self._names = TargetNames(fingerprint, dtype, preset, contexts)
 
     def path(self, request: EditRequest) -> Path:
         """Where z of `request` lies: its name is the sha256 of all that z depends on."""
-        return self._folder / f"{digest_of([*self._scope, request.digest])}.safetensors"
+        return self._folder / self._names.of(request)
 
     def get(self, request: EditRequest) -> Target | None:
         """The stored target, or None where there is none or its file is damaged (then it is computed again)."""

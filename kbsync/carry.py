@@ -1,0 +1,144 @@
+"""Carries a plan out: versions until nothing is left to do, each edited, probed, put before the gate, published.
+
+    Carrier(ledger, policy, line, controls, judge).carry_out(report)
+
+What each version was to do is kept in the ledger's `plan` table: the link from a run to a version, row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from kbsync.edit import Edit, Outcome
+from kbsync.editor.job import ControlFile
+from kbsync.errors import GateRejected, Inseparable
+from kbsync.gate import shortfalls
+from kbsync.ledger import Ledger
+from kbsync.ledger.read_versions import REBASE
+from kbsync.ledger.reader import Reader
+from kbsync.line import Judge, Line
+from kbsync.plan import Plan, make_plan
+from kbsync.plan_document import document_of
+from kbsync.policy import Inverse, Policy, Relation
+from kbsync.report import Report
+
+__all__ = ["Carrier", "skips_known"]
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """Brings one line's weights in line with one policy's facts. `judge`: the gate of all policies, for a rebase."""
+
+    ledger: Ledger
+    policy: Policy
+    line: Line
+    controls: Callable[[Collection[Policy] | None], Sequence[ControlFile]]
+    judge: Judge
+
+    def plan(self, db: Reader) -> Plan:
+        """What has to be done now."""
+        line, wording = self.line, self.policy.wording()
+        head = db.head(line.model)
+        return make_plan(
+            db.facts(tuple(wording)),
+            db.applied(line.model, head),
+            db.holds(line.model),
+            wording,
+            known=db.known_to(line.model, head),
+            model=line.model,
+            head=head,
+        )
+
+    def carry_out(self, report: Report) -> None:
+        """Versions until nothing is left to do. Raises GateRejected, and what editing raises."""
+        done: set[str] = set()
+        plan = report.plan
+        while plan is not None and not plan.empty and plan.digest not in done:
+            done.add(plan.digest)
+            outcome = self._next_version(plan, report)
+            report.probe = outcome.result.probe
+            report.counts["failed"] = report.counts.get("failed", 0) + len(outcome.held)
+            for phase, seconds in outcome.result.seconds.items():
+                report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
+            if outcome.version is not None:
+                report.versions.append(outcome.version)
+            with self.ledger.read() as db:
+                plan = self.plan(db)
+
+    def _next_version(self, plan: Plan, report: Report) -> Outcome:
+        """As a rebase with the whole plan in it, where one is due, else of at most `batch.max_facts` facts on the live
+        version; as a rebase after all where a fact cannot leave that version otherwise. In mode auto a rebase that is
+        rejected holds nothing up: it is tried again `rebase_every` versions later, or with other settings."""
+        line = self.line
+        report.rebase = line.rebase_due(plan.leaving)
+        if report.rebase is not None:
+            outcome = self._edit(plan, report)
+            if not outcome.rejected or line.strategy.mode != "auto" or line.stored_whole(plan.leaving):
+                return self._accepted(plan, outcome, report)
+            self._note_rejected(REBASE, plan.head, outcome, report)
+            report.notes.append(f"a rebase ({report.rebase}) was rejected: {'; '.join(outcome.rejected)}")
+            report.rebase = None
+        batch = plan.take(self.policy.batch.max_facts)
+        try:
+            outcome = self._edit(batch, report)
+        except Inseparable as error:
+            report.rebase, batch = error.message, plan
+            outcome = self._edit(plan, report)
+        return self._accepted(batch, outcome, report)
+
+    def _edit(self, batch: Plan, report: Report) -> Outcome:
+        policy, line = self.policy, self.line
+        with self.ledger.read() as db:
+            applied = db.applied(line.model, batch.head)
+            forgotten = db.forgotten(line.model, batch.head)
+            tried = db.is_rejected(line.model, batch.digest, line.settings_digest, batch.head)
+        if tried:
+            raise GateRejected(
+                f"policy {policy.policy}: the gate rejected this very plan before; it is not tried again until the "
+                "plan, the settings or HEAD change",
+                hint="kbsync runs",
+            )
+        wording = policy.wording()
+        anew = report.rebase is not None
+        edit = Edit(
+            kind="rebase" if anew else "edit",
+            run_id=report.run_id or 0,
+            keep={key: fact for key, fact in applied.items() if key not in batch.leaving},
+            edits=batch.edits,
+            skip_known=[
+                planned.request.digest
+                for planned in batch.edits
+                if skips_known(wording[planned.request.key.relation]) and planned.request.digest not in forgotten
+            ],
+            controls=self.controls(None if anew else [policy]),
+            reason=f"sync {policy.policy}" + (f", a rebase: {report.rebase}" if anew else ""),
+        )
+        document = document_of(batch, policy.policy, rebase=report.rebase).model_dump(mode="json")
+        with self.ledger.write() as db:
+            db.note_plan(edit.run_id, line.model, batch.head, batch.digest, document)
+        return line.make(edit, self.judge if anew else lambda probe, _: shortfalls(probe, policy.gate))
+
+    def _accepted(self, batch: Plan, outcome: Outcome, report: Report) -> Outcome:
+        """The outcome, unless the gate rejected it: then that is noted and GateRejected raised."""
+        policy = self.policy
+        if outcome.rejected:
+            self._note_rejected(batch.digest, batch.head, outcome, report)
+            raise GateRejected(
+                f"policy {policy.policy}: the gate rejected the version: {'; '.join(outcome.rejected)}",
+                hint=f"kbsync runs --json shows the probe report of run {report.run_id}",
+            )
+        return outcome
+
+    def _note_rejected(self, digest: str, head: int, outcome: Outcome, report: Report) -> None:
+        line, reason = self.line, "; ".join(outcome.rejected)
+        with self.ledger.write() as db:
+            db.note_rejected(line.model, digest, line.settings_digest, head, run_id=report.run_id, reason=reason)
+            for hold in outcome.held:
+                db.hold(line.model, hold, run_id=report.run_id)
+            db.note_probe(line.model, None, dict(outcome.result.probe), run_id=report.run_id)
+
+
+def skips_known(words: Relation | Inverse) -> bool:
+    """Whether a fact of this relation takes no edit where the base answers it by itself."""
+    return isinstance(words, Relation) and words.skip_known
