@@ -6,7 +6,7 @@ perform(root, "rollback", {"to": 1}, user="ada")      # here, or in the daemon t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +18,12 @@ from kbsync.errors import Busy, UsageError
 from kbsync.facts import FactKey
 from kbsync.garbage import collect, retire
 from kbsync.lock import writer_lock
+from kbsync.plan_document import read_plans
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast, rebase
 from kbsync.reconcile import Reconciler, open_workspace
+from kbsync.report import Report
+from kbsync.rulings import Choice, rule, unrule
 from kbsync.undo import release, revert_fact, revert_version, rollback
 
 __all__ = ["COMMANDS", "UNDO", "execute", "perform"]
@@ -34,20 +37,54 @@ class _Command:
     needs: tuple[tuple[str, ...], ...] = ()
 
 
+def _reports(reports: Iterable[Report]) -> dict[str, Any]:
+    return {"reports": [report.to_json() for report in reports]}
+
+
 def _sync(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"reports": [report.to_json() for report in reconciler.sync(arguments.get("policies", []))]}
+    policies, reviewed = arguments.get("policies", []), arguments.get("reviewed")
+    if reviewed is None:
+        return _reports(reconciler.sync(policies))
+    return _reports(reconciler.sync(policies, reviewed=read_plans(reviewed)))
 
 
 def _plan(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"reports": [report.to_json() for report in reconciler.plan(arguments.get("policies", []))]}
+    return _reports(reconciler.plan(arguments.get("policies", [])))
+
+
+def _replay(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return _reports(reconciler.replay(arguments.get("policies", [])))
+
+
+def _refetch(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return _reports(reconciler.refetch(arguments["source"]))
 
 
 def _approve(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"reports": [reconciler.approve(arguments["run"]).to_json()]}
+    report = reconciler.approve(
+        arguments["run"],
+        digest=arguments.get("plan"),
+        only=arguments.get("only", ()),
+        without=arguments.get("except", ()),
+        reason=arguments.get("reason", ""),
+    )
+    return _reports([report])
 
 
 def _reject(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"reports": [reconciler.reject(arguments["run"], arguments.get("reason", "")).to_json()]}
+    only, without = arguments.get("only", ()), arguments.get("except", ())
+    return _reports([reconciler.reject(arguments["run"], arguments.get("reason", ""), only=only, without=without)])
+
+
+def _rule(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    choice = Choice(arguments.get("claim"), arguments.get("object"), arguments.get("source"))
+    subject, relation, reason = arguments["subject"], arguments["relation"], arguments.get("reason", "")
+    return rule(reconciler.ledger, reconciler.catalog, subject, relation, choice, user=reconciler.user, reason=reason)
+
+
+def _unrule(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    subject, relation, reason = arguments["subject"], arguments["relation"], arguments.get("reason", "")
+    return unrule(reconciler.ledger, subject, relation, user=reconciler.user, reason=reason)
 
 
 def _rollback(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,6 +125,10 @@ def _retire(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, A
 COMMANDS = {
     "sync": _Command(_sync),
     "plan": _Command(_plan),
+    "replay": _Command(_replay),
+    "refetch": _Command(_refetch, (("source",),)),
+    "rule": _Command(_rule, (("subject",), ("relation",), ("claim", "object", "source"))),
+    "unrule": _Command(_unrule, (("subject",), ("relation",))),
     "approve": _Command(_approve, (("run",),)),
     "reject": _Command(_reject, (("run",),)),
     "rollback": _Command(_rollback, (("to",),)),

@@ -23,8 +23,8 @@ __all__ = ["Handler", "call", "serve"]
 Handler = Callable[[str, dict[str, Any], str, Progress], dict[str, Any]]
 """`handler(command, arguments, user, progress) -> result`, JSON values; raises KbsyncError."""
 
-MAX_REQUEST = 1 << 20
-"""Bytes of a request; a longer one is refused."""
+MAX_REQUEST = 1 << 25
+"""Bytes of a request; a longer one is refused. The largest is `sync --plan`: a plan takes about 500 bytes a row."""
 CONNECT_SECONDS = 5.0
 SOCKET_PATH_LIMIT = 100
 """Bytes; Linux allows 107 in sun_path."""

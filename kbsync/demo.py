@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kbsync.catalog import load_catalog
-from kbsync.cli import history, read, versions
+from kbsync.cli import decide, history, read, versions
 from kbsync.cli.common import MEASURED, bars, console, say, share, table, user
 from kbsync.cli.write import say_report
 from kbsync.commands import perform
@@ -218,7 +218,7 @@ class Demo:
         wrong = next(row[RELATION] for row in self.rows if row[RELATION] != last[RELATION])
         self._write([*self.rows, {**last, RELATION: wrong}])
         report = self._sync("sync 3", versions=[])
-        read.list_conflicts(root=self.root)
+        decide.list_conflicts(root=self.root)
         conflicts = report["counts"]["conflicts"]
         if conflicts != 1:
             raise self._failure(f"{conflicts} conflicts instead of one")

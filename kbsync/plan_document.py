@@ -17,7 +17,7 @@ from kbsync.errors import UsageError
 from kbsync.facts import Change, Conflict, FactKey, Snapshot, Waiting
 from kbsync.plan import Blocked, HeldChange, Plan, PlannedEdit, Retraction
 
-__all__ = ["CapacityForecast", "Cost", "PlanDocument", "PlanFile", "TargetCount", "document_of", "moved"]
+__all__ = ["CapacityForecast", "Cost", "PlanDocument", "PlanFile", "TargetCount", "document_of", "moved", "read_plans"]
 
 
 class _Value(BaseModel):
@@ -98,12 +98,9 @@ class ConflictRow(KeyRow):
 
 
 class SourceRow(_Value):
-    """What one source said: rows read, rows that could not be used, sha256 of the body."""
+    """What the plan rests on: a source, and the sha256 of its body; `not_modified`: it vouched that nothing changed."""
 
     source: str
-    rows: int
-    quarantined: int
-    complete: bool
     not_modified: bool
     body_sha256: str
 
@@ -134,8 +131,9 @@ class Cost(_Value):
 class PlanDocument(_Value):
     """What one policy's pass would do to the version `head` of `model`, all lists sorted by key.
 
-    `policy` is null where a rebase or an undo made the plan. `digest` covers what would happen to the weights and the holds; `facts` counts what would change in the ledger;
-    `guard` says why the run would be held, `rebase` why the version would be made anew from the base.
+    `policy` is null where a rebase or an undo made the plan. `digest` covers what would happen to the weights and the
+    holds; `facts` counts what would change in the ledger; `guard` says why the run would be held, `rebase` why the
+    version would be made anew from the base.
     """
 
     document: Literal["kbsync plan"] = "kbsync plan"
@@ -243,6 +241,16 @@ def document_of(
     )
 
 
+def read_plans(value: object) -> list[PlanDocument]:
+    """The documents of a plan file, as `plan --json` printed it. Raises UsageError where it is none."""
+    try:
+        return PlanFile.model_validate(value).plans
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(f"no plan of this kbsync: {place}: {first['msg']}", hint="kbsync plan --out FILE") from None
+
+
 def moved(reviewed: PlanDocument, now: PlanDocument) -> list[str]:
     """How the plan of now differs from the one that was reviewed; [] where carrying it out would do just that."""
     if reviewed.digest == now.digest:
@@ -316,9 +324,6 @@ def _conflict(conflict: Conflict) -> ConflictRow:
 def _source(snapshot: Snapshot) -> SourceRow:
     return SourceRow(
         source=snapshot.source,
-        rows=snapshot.rows,
-        quarantined=len(snapshot.quarantined),
-        complete=snapshot.complete,
         not_modified=snapshot.not_modified,
         body_sha256=snapshot.provenance.body_sha256,
     )

@@ -30,29 +30,26 @@ from kbsync.connectors import Connector
 from kbsync.cost import cost_of
 from kbsync.editor.job import ControlFile, EditResult
 from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
-from kbsync.facts import EditRequest, FactKey, Hold, Provenance, Snapshot
+from kbsync.facts import EditRequest, Provenance, Snapshot
 from kbsync.gate import shortfalls_by_policy
 from kbsync.intake import take_in
-from kbsync.ledger import Ledger, StagedPlan
+from kbsync.ledger import Ledger
 from kbsync.ledger.reader import Reader
-from kbsync.ledger.writer import Writer
 from kbsync.line import Line
 from kbsync.observe import observe
-from kbsync.plan import Plan, PlannedEdit, Retraction, check_edits
-from kbsync.plan_document import PlanDocument, document_of, moved
+from kbsync.plan import check_edits
+from kbsync.plan_document import PlanDocument, document_of
 from kbsync.policy import Policy, render
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast_onto, take_over
 from kbsync.report import Report
+from kbsync.review import Review, held_run, hold_refused, judge_rows, refuse_another, unseen
 from kbsync.versions.files import sweep_temporary
 
 __all__ = ["SCHEDULED", "Reconciler", "open_workspace"]
 
 SCHEDULED = "schedule"
 """The trigger of a daemon's own passes: only these mind the edit window, a person's `sync` does not."""
-
-SHOWN_MOVES = 5
-"""Differences that a refusal names."""
 
 _Observed = tuple[list[Snapshot], list[SourceError]]
 
@@ -70,17 +67,6 @@ def open_workspace(
         yield Reconciler(workspace, load_catalog(workspace), ledger, user, progress, cancelled or threading.Event())
     finally:
         ledger.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Review:
-    """A plan that a person has seen and wants carried out: exactly that one. `reasons`: what the guard is known to say
-    (None: whatever it says); `refused`: the rows that are to stay out, each with the evidence for its hold."""
-
-    document: PlanDocument | None
-    digest: str
-    reasons: Collection[str] | None = None
-    refused: Mapping[FactKey, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -144,7 +130,7 @@ class Reconciler:
         `reviewed`: one pass of each policy that has a document, which carries out exactly that plan: where the world
         has moved the report says what, and a guard holds what the document does not show.
         """
-        reviews = {str(one.policy): _Review(one, one.digest, one.guard) for one in reviewed or ()}
+        reviews = {str(one.policy): Review(one, one.digest, one.guard) for one in reviewed or ()}
         if reviewed is not None:
             if strangers := set(names) - reviews.keys():
                 raise UsageError(f"the plan has none for policy {min(strangers)}", hint="kbsync plan --out FILE")
@@ -157,8 +143,8 @@ class Reconciler:
         return self._each(names, lambda policy, line: self._pass(policy, line, "replay", observe=lambda _: ([], [])))
 
     def refetch(self, source: str) -> list[Report]:
-        """One pass of each policy that names the source, which is read anew, though it may say that nothing changed: its
-        mapping did. Raises UsageError for a source that no policy names."""
+        """One pass of each policy that names the source, which is read anew, though it may say that nothing
+        changed: its mapping did. Raises UsageError for a source that no policy names."""
         names = [name for name, policy in self.catalog.policies.items() if source in policy.sources]
         if not names:
             raise UsageError(f"no policy names the source {source}", hint="kbsync check")
@@ -183,26 +169,15 @@ class Reconciler:
 
         Raises UsageError where the run is not held, the plan is another one or has no such row, or the world has moved.
         """
-        staged, document, snapshots = self._staged(run_id)
-        if digest is not None and digest != staged.plan_digest:
-            raise UsageError(
-                f"run {run_id}: its plan is {staged.plan_digest[:12]}…, not {digest[:12]}…", hint="kbsync holds --json"
-            )
-        policy = self.catalog.policy(staged.policy or "")
-        if only or without:
-            self._judge_rows(run_id, document, only, without, approve=True, reason=reason)
-        with self.ledger.read() as db:
-            verdicts = db.verdicts(run_id).values()
-        refused = {
-            row.key: f"run {run_id}: refused by {row.user}" + (f": {row.reason}" if row.reason else "")
-            for row in verdicts
-            if not row.approved
-        }
-        line = self.line()
-        review = _Review(document, staged.plan_digest, refused=refused)
-        report = self._decide(policy, line, snapshots, run_id=run_id, review=review)
         with self.ledger.write() as db:
-            detail = {"plan": staged.plan_digest, "refused": [list(key) for key in sorted(refused)], "reason": reason}
+            held = held_run(db, run_id, digest)
+            if only or without:
+                judge_rows(db, held, only, without, approve=True, user=self.user, reason=reason)
+            review = held.review(db.verdicts(run_id).values())
+        policy, line = self.catalog.policy(held.policy), self.line()
+        report = self._decide(policy, line, held.snapshots, run_id=run_id, review=review)
+        with self.ledger.write() as db:
+            detail = {"plan": review.digest, "refused": [list(key) for key in sorted(review.refused)], "reason": reason}
             db.audit(self.user, "approve", detail, run_id=run_id)
         return self._finish(policy, line, report)
 
@@ -216,48 +191,16 @@ class Reconciler:
     ) -> Report:
         """Drop a held run: its snapshot never reaches the ledger. With `only` or `without`, refuse just these rows, or
         all but these: the run goes on waiting. Raises UsageError where the run is not held or has no such row."""
-        staged, document, _ = self._staged(run_id)
-        policy = staged.policy or ""
-        if only or without:
-            refused = self._judge_rows(run_id, document, only, without, approve=False, reason=reason)
-            note = f"{refused} rows refused; kbsync approve {run_id} applies the others"
-            return Report(policy=policy, status="held", run_id=run_id, notes=[note])
         with self.ledger.write() as db:
+            held = held_run(db, run_id)
+            if only or without:
+                refused = judge_rows(db, held, only, without, approve=False, user=self.user, reason=reason)
+                note = f"{refused} rows refused; kbsync approve {run_id} applies the others"
+                return Report(policy=held.policy, status="held", run_id=run_id, notes=[note])
             db.unstage(run_id)
             db.finish_run(run_id, "rejected", reason)
             db.audit(self.user, "reject", {"run": run_id, "reason": reason})
-        return Report(policy=policy, status="rejected", run_id=run_id)
-
-    def _staged(self, run_id: int) -> tuple[StagedPlan, PlanDocument | None, list[Snapshot]]:
-        with self.ledger.read() as db:
-            staged, snapshots = db.staged_plan(run_id), db.staged(run_id)
-        if staged is None or staged.policy is None:
-            raise UsageError(f"run {run_id} is not held", hint="kbsync runs")
-        return staged, PlanDocument.read(staged.plan), snapshots
-
-    def _judge_rows(
-        self,
-        run_id: int,
-        document: PlanDocument | None,
-        only: Collection[Sequence[str]],
-        without: Collection[Sequence[str]],
-        *,
-        approve: bool,
-        reason: str,
-    ) -> int:
-        """Keep a verdict on every row that is named, and the opposite one on the others where an approval takes only
-        some, or a rejection leaves some; the number of rows refused."""
-        if document is None:
-            raise UsageError(f"run {run_id} was held by an older kbsync, which kept no rows", hint="kbsync sync")
-        named = {document.find(*row) for row in (*only, *without)}
-        others = document.rows.keys() - named
-        refused = (others if only else named) if approve else (named if only else others)
-        taken = document.rows.keys() - refused if approve else set()
-        with self.ledger.write() as db:
-            for keys, approved in ((refused, False), (taken, True)):
-                if keys:
-                    db.set_verdicts(run_id, keys, approved=approved, user=self.user, reason=reason)
-        return len(refused)
+        return Report(policy=held.policy, status="rejected", run_id=run_id)
 
     def take_over(self, model: str, preset: str | None, reason: str = "", *, dry: bool = False) -> dict[str, Any]:
         """Put what the live version of kbsync.yaml's model holds into another base, as a version of its own line. HEAD
@@ -304,7 +247,7 @@ class Reconciler:
         policy: Policy,
         line: Line,
         trigger: str,
-        review: _Review | None = None,
+        review: Review | None = None,
         observe: Callable[[Policy], _Observed] | None = None,
     ) -> Report:
         with self.ledger.write() as db:
@@ -333,7 +276,7 @@ class Reconciler:
         snapshots: Sequence[Snapshot],
         *,
         run_id: int | None = None,
-        review: _Review | None = None,
+        review: Review | None = None,
         dry: bool = False,
     ) -> Report:
         """Record, resolve, plan and guard in one transaction. With a review any other plan is refused, the guard is off
@@ -347,8 +290,8 @@ class Reconciler:
             report.reasons = [*taken.reasons, *check_edits(plan, policy.guard)]
             report.counts |= {"edits": len(plan.edits), "retractions": len(plan.retractions), "held": len(plan.held)}
             if review is not None:
-                _refuse_another(run, policy, review, plan)
-            held = bool(_unseen(report.reasons, review))
+                refuse_another(run, policy.policy, review, plan)
+            held = bool(unseen(report.reasons, review))
             if dry or held:
                 report.document = self._document(db, policy, snapshots, report)
                 db.rollback()
@@ -356,7 +299,7 @@ class Reconciler:
                 db.unstage(run)
                 db.release(line.model, plan.ended_holds)
                 if review is not None and review.refused:
-                    _hold_refused(db, run, plan, review.refused)
+                    hold_refused(db, run, plan, review.refused)
                     report.plan = carrier.plan(db)
         report.run_id = run_id
         report.status = "planned" if dry else "held" if held else "decided"
@@ -454,35 +397,3 @@ class _Anew:
 
     def fetch(self, _previous: Provenance | None) -> Snapshot:
         return self.connector.fetch(None)
-
-
-def _refuse_another(run: int, policy: Policy, review: _Review, plan: Plan) -> None:
-    """Raise UsageError, naming what has moved, where the plan is not the one that was reviewed."""
-    if plan.digest == review.digest:
-        return
-    found = moved(review.document, document_of(plan, policy.policy)) if review.document else ["HEAD or a fact"]
-    more = f" and {len(found) - SHOWN_MOVES} more" if len(found) > SHOWN_MOVES else ""
-    raise UsageError(
-        f"run {run}: the plan is no longer the one that was reviewed: {'; '.join(found[:SHOWN_MOVES])}{more}",
-        hint=f"kbsync plan {policy.policy}, or kbsync sync {policy.policy}",
-    )
-
-
-def _unseen(reasons: Sequence[str], review: _Review | None) -> list[str]:
-    """The guard's reasons that nobody has seen yet."""
-    if review is None:
-        return list(reasons)
-    return [] if review.reasons is None else [reason for reason in reasons if reason not in review.reasons]
-
-
-def _hold_refused(db: Writer, run: int, plan: Plan, refused: Mapping[FactKey, str]) -> None:
-    """Freeze each refused row of the plan at what the weights hold now."""
-    wanted: dict[FactKey, PlannedEdit | Retraction] = {edit.request.key: edit for edit in plan.edits}
-    wanted |= {gone.key: gone for gone in plan.retractions}
-    for key in sorted(refused.keys() & wanted.keys()):
-        row = wanted[key]
-        if isinstance(row, Retraction):
-            hold = Hold(key, row.applied, None, "manual", refused[key])
-        else:
-            hold = Hold(key, row.replaces, row.object_id, "manual", refused[key])
-        db.hold(plan.model, hold, run_id=run)

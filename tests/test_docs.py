@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from kbsync.connectors.sql import SqlOptions
 from kbsync.editor.job import ExecutorSettings
 from kbsync.ledger.schema import metadata
 from kbsync.ledger.views import VIEWS
+from kbsync.plan_document import PlanFile
 from kbsync.policy import Confirm, Gate, Guard, Inverse, Policy, Relation, Source
 from kbsync.strategy import Strategy
 
@@ -115,6 +117,11 @@ def test_every_table_and_column_of_the_ledger_is_documented() -> None:
     assert rows.keys() == tables.keys() | {view.name for view in VIEWS}
     for name, table in tables.items():
         assert [column.name for column in table.c if f"`{column.name}`" not in rows[name]] == []
+
+
+def test_the_schema_of_plan_documents_is_the_one_that_they_are_checked_by() -> None:
+    """docs/plan.schema.json is `PlanFile.model_json_schema()`, with sorted keys."""
+    assert json.loads((ROOT / "docs" / "plan.schema.json").read_text(encoding="utf-8")) == PlanFile.model_json_schema()
 
 
 def test_the_readmes_two_commands_are_targets_of_the_makefile() -> None:

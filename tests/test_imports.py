@@ -51,10 +51,12 @@ def test_the_shared_words_import_nothing_of_ours(name: str) -> None:
     assert not [module for module in imported(MODULES[name], top_level=False) if module.startswith("kbsync")]
 
 
-@pytest.mark.parametrize("name", ["kbsync.weigh", "kbsync.resolve", "kbsync.plan", "kbsync.gate", "kbsync.strategy"])
+@pytest.mark.parametrize(
+    "name", ["kbsync.weigh", "kbsync.resolve", "kbsync.plan", "kbsync.plan_document", "kbsync.gate", "kbsync.strategy"]
+)
 def test_decisions_import_only_words_and_policies(name: str) -> None:
     ours = {module for module in imported(MODULES[name], top_level=False) if module in MODULES}
-    assert ours <= {"kbsync.facts", "kbsync.errors", "kbsync.policy", "kbsync.weigh", "kbsync.resolve"}
+    assert ours <= {"kbsync.facts", "kbsync.errors", "kbsync.policy", "kbsync.weigh", "kbsync.resolve", "kbsync.plan"}
     theirs = {module.partition(".")[0] for module in imported(MODULES[name], top_level=False)}
     assert theirs.isdisjoint({"os", "io", "pathlib", "sqlite3", "sqlalchemy", "httpx", "torch", "random", "time"})
 
@@ -104,6 +106,7 @@ LIGHT = [
     ["history", "Vega"],
     ["changes", "--since", "2026-01-01"],
     ["conflicts", "list"],
+    ["quarantine", "list"],
     ["holds"],
     ["runs"],
 ]

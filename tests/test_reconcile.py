@@ -252,7 +252,7 @@ def test_a_held_plan_is_not_approved_once_head_has_moved_and_rejecting_drops_it(
     held = sync(made)
     with made.open() as reconciler:
         rollback(reconciler.line(), 0)
-        with pytest.raises(UsageError, match="no longer the one"):
+        with pytest.raises(UsageError, match="HEAD has moved from version 1 to 0"):
             reconciler.approve(held.run_id or 0)
         assert reconciler.reject(held.run_id or 0, "vandalism").status == "rejected"
         with reconciler.ledger.read() as db:

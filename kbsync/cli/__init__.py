@@ -15,6 +15,7 @@ from kbsync.cli import (
     bench,
     blame,
     daemon,
+    decide,
     demo,
     evaluate,
     facts,
@@ -40,23 +41,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (
-    setup,
-    write,
-    status,
-    versions,
-    facts,
-    history,
-    blame,
-    read,
-    model,
-    daemon,
-    demo,
-    bench,
-    study,
-    evaluate,
-    ledger,
-):
+operations = (setup, write, decide, status, model, ledger, daemon)
+questions = (versions, facts, history, blame, read)
+for part in (*operations, *questions, demo, bench, study, evaluate):
     app.add_typer(part.app)
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["Relation", "app", "iso", "model_row", "moment", "one_subject", "reading", "required_model", "short"]
 
 app = typer.Typer()
-conflicts_app = typer.Typer(help="Claims that cannot all be true; each blocks only its own fact.", no_args_is_help=True)
-app.add_typer(conflicts_app, name="conflicts")
 
 Relation = Annotated[str | None, typer.Option("--relation", help="Only this relation.")]
 
@@ -113,43 +111,6 @@ def _seconds(run: Any) -> str:
     return f"{(run.finished_at - run.started_at).total_seconds():.1f}" if run.finished_at else ""
 
 
-@conflicts_app.command("list")
-def list_conflicts(
-    root: Root = Path(),
-    everything: Annotated[bool, typer.Option("--all", help="Those that are resolved, too.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show both sides of each conflict with their origins, and the rows in quarantine."""
-    with reading(root) as (_, db):
-        found, rows = db.conflicts(open_only=not everything), db.quarantined()
-    if as_json:
-        return emit({"conflicts": [asdict(row) for row in found], "quarantined": [asdict(row) for row in rows]})
-    table(
-        "conflicts",
-        ("since", "relation", "subject", "kind", "claim", "source", "origin"),
-        (
-            (
-                short(row.opened_at),
-                row.conflict.key.relation,
-                claim.subject.label,
-                row.conflict.kind,
-                claim.object.label,
-                claim.source,
-                claim.origin,
-            )
-            for row in found
-            for claim in row.conflict.claims
-        ),
-    )
-    columns = ("since", "source", "origin", "reason", "row")
-    table(
-        "quarantine",
-        columns,
-        ((short(row.since), row.source, row.row.origin, row.row.reason, row.row.raw[:80]) for row in rows),
-    )
-    return None
-
-
 def _local(object_id: str | None) -> str | None:
     """An object id without its space."""
     return object_id and (object_id.partition(":")[2] or object_id)
@@ -180,12 +141,19 @@ def holds(root: Root = Path(), as_json: AsJson = False) -> None:
             for row in rows
         ),
     )
-    columns = ("run", "policy", "since", "edits", "reasons")
+    columns = ("run", "policy", "since", "plan", "edits", "reasons")
     table(
         "runs held for approval",
         columns,
         (
-            (plan.run_id, plan.policy, short(plan.staged_at), len(plan.plan.get("edits", ())), "; ".join(plan.reasons))
+            (
+                plan.run_id,
+                plan.policy,
+                short(plan.staged_at),
+                plan.plan_digest[:12],
+                sum(len(plan.plan.get(kind, ())) for kind in ("adds", "changes", "re_rendered", "retractions")),
+                "; ".join(plan.reasons),
+            )
             for plan in staged
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,19 +11,58 @@ from rich.markup import escape
 
 from kbsync.cli.common import AsJson, Root, bars, emit, probe_line, say, user
 
-__all__ = ["app"]
+__all__ = ["app", "find_key", "passes", "perform", "say_report"]
 
 app = typer.Typer()
 
 Policies = Annotated[list[str] | None, typer.Argument(help="Policies; default: all.", show_default=False)]
-Run = Annotated[int, typer.Argument(help="Number of the held run.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept in the audit log.")]
 
 
+CHANGES = 10
+"""Exit code of `plan --exit-code` where there is something to do: none of those that mean a failure."""
+
+
 @app.command()
-def plan(policies: Policies = None, root: Root = Path(), as_json: AsJson = False) -> None:
-    """Show what `sync` would do now, without doing it."""
-    _passes("plan", {"policies": policies or []}, root, as_json)
+def plan(
+    policies: Policies = None,
+    root: Root = Path(),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the plan into this file, for `sync --plan`.", metavar="FILE")
+    ] = None,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help=f"End with {CHANGES} where there is something to do, for CI.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what `sync` would do now, without doing it. `--json` is a document for review (docs/policies.md)."""
+    done = perform("plan", {"policies": policies or []}, root)
+    document = _plan_file(done["reports"])
+    if out is not None:
+        write_json(out, document)
+    if as_json:
+        emit(document)
+    else:
+        for report in done["reports"]:
+            say_report(report)
+    if code := _gravest(done["reports"]):
+        raise typer.Exit(code)
+    if exit_code and any(_does_something(one) for one in document["plans"]):
+        raise typer.Exit(CHANGES)
+
+
+def _plan_file(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    from kbsync.plan_document import PlanFile
+
+    plans = [report["document"] for report in reports if report["document"]]
+    problems = [{"policy": report["policy"], **problem} for report in reports for problem in report["problems"]]
+    return PlanFile(plans=plans, problems=problems).model_dump(mode="json")
+
+
+def _does_something(document: dict[str, Any]) -> bool:
+    """Whether a plan would change the weights, the ledger or a hold."""
+    parts = ("adds", "changes", "re_rendered", "retractions", "ended_holds", "facts")
+    return any(document[part] for part in parts)
 
 
 @app.command()
@@ -30,22 +70,17 @@ def sync(
     policies: Policies = None,
     root: Root = Path(),
     as_json: AsJson = False,
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", help="Apply exactly the plan in this file, or refuse.", metavar="FILE"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `kbsync plan`.")] = False,
 ) -> None:
     """Fetch the sources, record what changed, and bring the model in line."""
-    _passes("plan" if dry_run else "sync", {"policies": policies or []}, root, as_json)
-
-
-@app.command()
-def approve(run: Run, root: Root = Path(), as_json: AsJson = False) -> None:
-    """Apply exactly the plan of a run that a guard held."""
-    _passes("approve", {"run": run}, root, as_json)
-
-
-@app.command()
-def reject(run: Run, root: Root = Path(), reason: Reason = "", as_json: AsJson = False) -> None:
-    """Drop a run that a guard held; its snapshot never reaches the ledger."""
-    _passes("reject", {"run": run, "reason": reason}, root, as_json)
+    arguments: dict[str, Any] = {"policies": policies or []}
+    if plan_file is not None:
+        arguments["reviewed"] = read_json(plan_file)
+    passes("plan" if dry_run else "sync", arguments, root, as_json)
 
 
 @app.command()
@@ -56,7 +91,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make an earlier version live again. What that takes out is held until `kbsync release`."""
-    done = _perform("rollback", {"to": to, "reason": reason}, root)
+    done = perform("rollback", {"to": to, "reason": reason}, root)
     if as_json:
         return emit(done)
     say(f"version [bold]{done['version']}[/] is live (was {done['from']}), weights {str(done['weights_sha256'])[:12]}")
@@ -85,10 +120,10 @@ def revert(
         raise UsageError("give either a version or --fact SUBJECT RELATION", hint="kbsync log lists the versions")
     arguments: dict[str, Any] = {"reason": reason, "dry": dry_run, "exact": exact}
     if fact is not None:
-        arguments["key"] = _key(root, *fact)
+        arguments["key"] = find_key(root, *fact)
     else:
         arguments["version"] = version
-    done = _perform("revert", arguments, root)
+    done = perform("revert", arguments, root)
     if as_json:
         return emit(done)
     how = f"a rebase: {done['rebase']}" if done["rebase"] else "on the live version"
@@ -117,7 +152,7 @@ def rebase(
 
     if preset is not None and onto is None:
         raise UsageError("--preset is for --onto", hint="this model's preset is named in kbsync.yaml")
-    done = _perform("rebase", {"onto": onto, "preset": preset, "reason": reason, "dry": dry_run}, root)
+    done = perform("rebase", {"onto": onto, "preset": preset, "reason": reason, "dry": dry_run}, root)
     if as_json:
         return emit(done)
     if dry_run:
@@ -170,8 +205,8 @@ def release(
 
     if everything == (subject is not None) or (subject is not None and relation is None):
         raise UsageError("give SUBJECT RELATION, or --all", hint="kbsync holds lists what is held")
-    keys = [] if subject is None or relation is None else [_key(root, subject, relation)]
-    done = _perform("release", {"keys": keys, "everything": everything}, root)
+    keys = [] if subject is None or relation is None else [find_key(root, subject, relation)]
+    done = perform("release", {"keys": keys, "everything": everything}, root)
     if as_json:
         return emit(done)
     say(f"{done['released']} released; `kbsync sync` applies them")
@@ -186,7 +221,7 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove files that no version needs: deltas, manifests, target vectors."""
-    done = _perform("gc", {"older_than": hours * 3600, "dry": dry_run}, root)
+    done = perform("gc", {"older_than": hours * 3600, "dry": dry_run}, root)
     if as_json:
         return emit(done)
     for path in done["files"]:
@@ -203,30 +238,56 @@ def retire(
     as_json: AsJson = False,
 ) -> None:
     """Give up the versions of a former model, so that `gc` frees their files."""
-    done = _perform("retire", {"model": model, "reason": reason}, root)
+    done = perform("retire", {"model": model, "reason": reason}, root)
     if as_json:
         return emit(done)
     say(f"the versions of {escape(done['model'])} are given up; `kbsync gc` removes their files")
     return None
 
 
-def _perform(command: str, arguments: dict[str, Any], root: Path) -> dict[str, Any]:
+def perform(command: str, arguments: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Do a command here or in the daemon, with a progress bar; its result."""
     from kbsync.commands import perform
 
     with bars() as progress:
         return perform(root, command, arguments, user=user(), progress=progress)
 
 
-def _passes(command: str, arguments: dict[str, Any], root: Path, as_json: bool) -> None:
+def passes(command: str, arguments: dict[str, Any], root: Path, as_json: bool) -> None:
     """Run a command that reports passes, print them, and end with the gravest exit code among them."""
-    done = _perform(command, arguments, root)
+    done = perform(command, arguments, root)
     if as_json:
         emit(done)
     else:
         for report in done["reports"]:
             say_report(report)
-    if code := max((report["exit_code"] for report in done["reports"]), default=0):
+    if code := _gravest(done["reports"]):
         raise typer.Exit(code)
+
+
+def _gravest(reports: list[dict[str, Any]]) -> int:
+    return max((report["exit_code"] for report in reports), default=0)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document in a file. Raises UsageError where there is none."""
+    from kbsync.errors import UsageError
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}", hint="kbsync plan --out FILE writes one") from None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON document into a file. Raises UsageError where that fails."""
+    from kbsync.errors import UsageError
+
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}", hint="another --out") from None
 
 
 def say_report(report: dict[str, Any]) -> None:
@@ -279,7 +340,7 @@ def _say_held(done: dict[str, Any]) -> None:
         say(f"{done['held']} changes are held; `kbsync holds` lists them, `kbsync release` ends a hold")
 
 
-def _key(root: Path, subject: str, relation: str) -> list[str]:
+def find_key(root: Path, subject: str, relation: str) -> list[str]:
     """(relation, subject id) of a subject given by id or label."""
     from kbsync.cli.common import opened
     from kbsync.errors import UsageError

@@ -6,11 +6,11 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, select, tuple_
+from sqlalchemy import ColumnElement, or_, select, tuple_
 
-from kbsync.facts import FactKey, Ruling, Waiting
+from kbsync.facts import Claim, FactKey, Ruling, Waiting
 from kbsync.ledger import schema
-from kbsync.ledger.database import Session
+from kbsync.ledger.read_sources import SourceReader
 from kbsync.ledger.records import PlanRow, RulingRow, VerdictRow, WaitingRow
 
 __all__ = ["DecisionReader"]
@@ -19,7 +19,7 @@ _AT_ONCE = 400
 """Keys in one query: two bind variables each, and old builds of SQLite take 999."""
 
 
-class DecisionReader(Session):
+class DecisionReader(SourceReader):
     """Questions about decisions."""
 
     def waiting(self, relations: Collection[str] | None = None, *, open_only: bool = True) -> list[WaitingRow]:
@@ -41,6 +41,13 @@ class DecisionReader(Session):
         if open_only:
             query = query.where(table.c.until.is_(None))
         return [_ruling_row(row) for row in self._connection.execute(query)]
+
+    def claims_about(self, relation: str, subject: str) -> list[Claim]:
+        """The live claims of a relation about a subject, given by its id or as some source writes it, oldest first."""
+        table = schema.claim
+        return self._claims(
+            (table.c.relation == relation) & or_(table.c.subject_id == subject, table.c.subject_label == subject)
+        )
 
     def restless_keys(self, relations: Collection[str]) -> set[FactKey]:
         """Keys that every pass decides again, whatever changed at their sources: those that wait, since time alone may

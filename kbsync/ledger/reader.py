@@ -6,10 +6,9 @@ from kbsync.ledger.entities import EntityReader
 from kbsync.ledger.read_decisions import DecisionReader
 from kbsync.ledger.read_events import EventReader
 from kbsync.ledger.read_runs import RunReader
-from kbsync.ledger.read_sources import SourceReader
 
 __all__ = ["Reader"]
 
 
-class Reader(SourceReader, EventReader, RunReader, DecisionReader, EntityReader):
+class Reader(EventReader, RunReader, DecisionReader, EntityReader):
     """What the ledger answers, as of the moment that the transaction began."""
