@@ -161,8 +161,8 @@ def preference(catalog: Catalog, relation: str, source: str) -> Preference:
     round_trip.width = 4096
     tree = round_trip.load(document.path.read_text(encoding="utf-8-sig"))
     tree["relations"][relation]["prefer"] = _flow(prefer)
-    line = document.line(("relations", relation))
-    return Preference(document.path, line, _dump(round_trip, {"prefer": _flow(prefer)}).rstrip("\n"), _dump(round_trip, tree))
+    text = _dump(round_trip, {"prefer": _flow(prefer)}).rstrip("\n")
+    return Preference(document.path, document.line(("relations", relation)), text, _dump(round_trip, tree))
 
 
 def _flow(names: Sequence[str]) -> CommentedSeq:

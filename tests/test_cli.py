@@ -254,6 +254,86 @@ def test_a_bad_row_goes_to_quarantine_with_its_line_and_the_rest_goes_on(line: L
     assert found["row"]["reason"]
 
 
+def test_a_user_resolves_a_conflict_by_a_claim_and_by_a_rule_and_takes_the_ruling_back(line: Line) -> None:
+    """Both sides have their provenance; the rule is policy text that keeps what else the file says."""
+    path = line.root / FEED
+    path.write_text(path.read_text() + "vega,Vega,Rome\n")
+    line.run("sync")
+    [conflict] = line.json("conflicts", "list")["conflicts"]
+    sides = {side["object"]: side for side in conflict["claims"]}
+    assert {(side["source"], side["origin"], Path(side["location"]).name) for side in sides.values()} == {
+        ("stars", "line 2", "stars.csv"),
+        ("stars", "line 5", "stars.csv"),
+    }
+    assert all(side["since"] and side["fetched_at"] for side in sides.values())
+    number = str(sides["Rome"]["claim"])
+    assert "is Rome (not Orion)" in line.run("conflicts", "resolve", "Vega", "constellation", "--claim", number)
+    assert "version 2 published" in line.run("conflicts", "replay")
+    [ruling] = line.json("conflicts", "list")["rulings"]
+    assert (ruling["object_id"], ruling["stale"]) == ("stars:Rome", False)
+    path.write_text(path.read_text().replace("vega,Vega,Rome\n", ""))
+    line.run("sync")
+    assert line.json("conflicts", "list")["rulings"][0]["stale"]
+    assert "no claim says so any more" in line.run("conflicts", "list")
+    line.run("conflicts", "unrule", "Vega", "constellation")
+    assert line.json("conflicts", "list")["rulings"] == []
+
+    ask = ("conflicts", "resolve", "Vega", "constellation", "--prefer", "stars")
+    policy = line.root / "policies" / "sky.yaml"
+    before = policy.read_text()
+    found = line.json(*ask)
+    assert (found["file"], found["line"], found["text"]) == (str(policy), 5, "prefer: [stars]")
+    assert policy.read_text() == before
+    assert line.json(*ask, "--write")["written"]
+    assert [text.strip() for text in policy.read_text().splitlines() if text not in before.splitlines()] == [
+        "prefer: [stars]"
+    ]
+    line.run("check")
+
+
+def test_a_plan_is_reviewed_in_a_file_and_applied(line: Line, tmp_path: Path) -> None:
+    """`--exit-code` says whether there is something to do."""
+    out = tmp_path / "plan.json"
+    line.run("plan", "--out", str(out), "--exit-code", code=10)
+    document = json.loads(out.read_text())
+    assert document == line.json("plan")
+    assert len(document["plans"][0]["adds"]) == 3
+    assert line.json("sync", "--plan", str(out))["reports"][0]["versions"] == [1]
+    line.run("plan", "--exit-code")
+    assert "HEAD has moved from version 0 to 1" in line.run("sync", "--plan", str(out), code=2)
+    out.write_text('{"plans": [{"head": 0}]}')
+    assert "no plan of this kbsync" in line.fails("sync", "--plan", str(out), code=2)[0]
+    assert "cannot be read" in line.fails("sync", "--plan", "nowhere.json", code=2)[0]
+
+
+def test_a_held_run_is_approved_row_by_row(line: Line) -> None:
+    """Rows are given as SUBJECT:RELATION; `holds` shows run, user and reason."""
+    policy = line.root / "policies" / "sky.yaml"
+    policy.write_text(policy.read_text().replace("max_edits: 50", "max_edits: 1"))
+    line.run("sync", code=3)
+    [run] = line.json("holds")["runs"]
+    row = ("--only", "stars:vega:constellation")
+    assert "1 rows refused" in line.run("reject", "1", *row, "--reason", "vandalism")
+    assert "is no SUBJECT:RELATION" in line.fails("approve", "1", "--only", "Vega", code=2)[0]
+    line.fails("approve", "1", *row, "--except", "Deneb:constellation", code=2)
+    line.run("approve", "1", "--plan", run["plan_digest"])
+    [hold] = line.json("holds")["holds"]
+    assert hold["hold"]["evidence"].endswith(": vandalism")
+
+
+def test_rows_in_quarantine_are_listed_and_replayed(line: Line) -> None:
+    """With place, reason and what the row says."""
+    path = line.root / FEED
+    path.write_text(path.read_text() + "x,Altair\n")
+    line.run("sync")
+    [row] = line.json("quarantine", "list", "stars")
+    assert (row["row"]["origin"], row["source"]) == ("line 5", "stars")
+    assert "Altair" in line.run("quarantine", "list")
+    path.write_text(path.read_text().replace("x,Altair", "x,Altair,Paris"))
+    assert line.json("quarantine", "replay", "stars")["reports"][0]["versions"] == [2]
+    assert line.json("quarantine", "list") == []
+
+
 def test_two_subjects_with_one_label_and_different_objects_wait_in_conflict(line: Line) -> None:
     path = line.root / FEED
     path.write_text(path.read_text() + "other,Vega,Rome\n")
@@ -272,6 +352,10 @@ def test_two_subjects_with_one_label_and_different_objects_wait_in_conflict(line
         (["sync", "nothing"], 2, "nothing"),
         (["ask", "x", "--version", "new"], 2, "new"),
         (["changes", "--since", "yesterday"], 2, "yesterday"),
+        (["conflicts", "resolve", "Vega", "constellation"], 2, "--claim"),
+        (["conflicts", "resolve", "Vega", "constellation", "--prefer", "iau"], 2, "iau"),
+        (["conflicts", "resolve", "Vega", "constellation", "--object", "Orion", "--write"], 2, "--write"),
+        (["quarantine", "replay", "iau"], 2, "iau"),
         (["release", "Nobody", "constellation"], 2, "Nobody"),
         (["export", "live", "out", "--format", "gguf"], 2, "gguf"),
     ],
