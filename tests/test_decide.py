@@ -1,4 +1,4 @@
-"""A person decides: conflicts, held plans whole and row by row, reviewed plans, quarantined rows, on a tiny real model."""
+"""A person decides: conflicts, held plans whole and row by row, reviewed plans, quarantined rows; on a tiny model."""
 
 from __future__ import annotations
 
