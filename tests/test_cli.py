@@ -110,7 +110,7 @@ def test_a_user_syncs_looks_asks_and_rolls_back(line: Line) -> None:
         ("version", False, "Rome"),
         ("probe", False, "Rome"),
     ]
-    assert {row["subject"] for row in line.json("diff", "1", "2")} == {"Vega", "Sirius"}
+    assert {row["subject"] for row in line.json("diff", "1", "2")["facts"]} == {"Vega", "Sirius"}
     asked = line.json("ask", "Where is Vega", "--compare", "0", "--object", "Rome")
     assert [found["version"] for found in asked["versions"]] == [2, 0]
     assert asked["versions"][0]["answer"].startswith("Rome")

@@ -14,8 +14,9 @@ from kbsync.cli.common import MEASURED, AsJson, Root, emit, probe_line, say, sha
 from kbsync.cli.read import reading, required_model, short
 
 if TYPE_CHECKING:
+    from kbsync.config import Workspace
     from kbsync.facts import Applied, FactKey
-    from kbsync.ledger import VersionRow
+    from kbsync.ledger import Reader, VersionRow
 
 __all__ = ["app"]
 
@@ -87,16 +88,61 @@ def diff(
     root: Root = Path(),
     as_json: AsJson = False,
 ) -> None:
-    """Show in which facts two versions differ."""
+    """Show in which facts two versions differ, and how far their weights are from each other."""
     with reading(root) as (workspace, db):
         model = required_model(workspace, db)
         for number in (one, other):
             db.version(model.id, number)
         difference = _difference(db.applied(model.id, one), db.applied(model.id, other))
+        weights = _weights(workspace, db, model.id, one, other)
     if as_json:
-        return emit(difference)
+        return emit({"facts": difference, "weights": weights})
     _say_difference(f"version {one} -> {other}", difference)
+    columns = ("matrix", "‖difference‖", "of ‖W‖", "rank")
+    rows = weights["matrices"]
+    table(
+        "weights",
+        columns,
+        ((r["module"], f"{r['norm']:.5g}", share(r["relative"]), r["rank"]) for r in rows),
+    )
+    for which, number in (("only_first", one), ("only_second", other)):
+        for delta, some in weights[which].items():
+            say(f"only in version {number}: delta {delta[:12]}, {_counted(some)}")
     return None
+
+
+def _counted(columns: Sequence[int]) -> str:
+    """Columns in words: those there are, up to ten."""
+    named = ", ".join(map(str, columns[:10])) + (", …" if len(columns) > 10 else "")
+    return f"column {named}" if len(columns) == 1 else f"{len(columns)} columns: {named}"
+
+
+def _weights(workspace: Workspace, db: Reader, model: str, one: int, other: int) -> dict[str, Any]:
+    """How the weights differ: by matrix, and which columns only one version has."""
+    from kbsync.versions.difference import base_norms, weight_difference
+    from kbsync.versions.store import VersionStore
+
+    store = VersionStore(workspace.data, model)
+    found = weight_difference(db.active(model, one), db.active(model, other), store)
+    norms: dict[str, float] = {}
+    for number in (one, other):
+        row = db.version(model, number)
+        if row.manifest_sha256 is not None:
+            capacity = store.manifest(number, row.manifest_sha256).numerics.get("capacity", {})
+            norms |= base_norms(db.active(model, number), capacity.get("norms", {}), store)
+    return {
+        "matrices": [
+            {
+                "module": module,
+                "norm": matrix.norm,
+                "relative": matrix.norm / norms[module] if module in norms else None,
+                "rank": matrix.rank,
+            }
+            for module, matrix in found.matrices.items()
+        ],
+        "only_first": {delta: list(columns) for delta, columns in found.only_first.items()},
+        "only_second": {delta: list(columns) for delta, columns in found.only_second.items()},
+    }
 
 
 def _difference(before: Mapping[FactKey, Applied], after: Mapping[FactKey, Applied]) -> list[dict[str, Any]]:

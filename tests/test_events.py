@@ -1,0 +1,224 @@
+"""What happened: the time line of one thing, what changed in a time, what was true when; none of it reads all facts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event
+
+from kbsync.errors import UsageError
+from kbsync.facts import Conflict, Entity, FactKey, Hold, Provenance
+from kbsync.ledger.lineage import lineage
+from kbsync.ledger.read_events import Event
+from kbsync.ledger.read_facts import FactFilter
+from kbsync.versions.manifest import ActiveDelta
+from tests.ledgers import (
+    MODEL,
+    NOON,
+    RELATION,
+    Clock,
+    applied,
+    claim,
+    decide,
+    fact,
+    facts,
+    key,
+    opened,
+    register,
+    snapshot,
+    sync,
+    version,
+)
+from tests.test_entities import feed, merged, take
+
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+
+
+def said(events: list[Event]) -> list[tuple[str, bool, str | None]]:
+    """Kind, whether it ended, and the object after it."""
+    return [(one.kind, one.ended, one.after.label if one.after else None) for one in events]
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> tuple[Path, Clock]:
+    """Vega: said, accepted, edited, in conflict, changed, held, released, relabelled, withdrawn."""
+    clock = Clock()
+    with opened(tmp_path, clock) as ledger:
+        register(ledger)
+        sync(ledger, snapshot(claim("Vega", "Lyra")))
+        decide(ledger, facts(Vega="Lyra", Deneb="Cygnus"))
+        put = applied("Vega", "Lyra", "a" * 64, 0)
+        probe = {"facts": [_probe(put.request.digest)]}
+        clock.turn(hours=1)
+        with ledger.write() as db:
+            db.publish(version(1, 0, put, active=[ActiveDelta(delta="a" * 64)], probe=probe))
+        clock.turn(hours=1)
+        clash = Conflict(key("Vega"), "rows", (claim("Vega", "Lyra"), claim("Vega", "Draco", "line 3")), "two objects")
+        decide(ledger, facts(Vega="Lyra", Deneb="Cygnus"), clash)
+        clock.turn(hours=1)
+        sync(ledger, snapshot(claim("Vega", "Draco")))
+        decide(ledger, facts(Vega="Draco", Deneb="Cygnus"))
+        clock.turn(hours=1)
+        with ledger.write() as db:
+            db.hold(MODEL, Hold(key("Vega"), put, "feed:Draco", "manual", "not sure"))
+        clock.turn(hours=1)
+        with ledger.write() as db:
+            db.release(MODEL, [key("Vega")])
+            db.move_head(MODEL, 0, user="me", reason="rollback")
+        clock.turn(hours=1)
+        renamed = replace(fact("Vega", "Draco"), subject=Entity("feed:Vega", "α Lyrae"))
+        decide(ledger, {renamed.key: renamed} | facts(Deneb="Cygnus"))
+        clock.turn(hours=1)
+        decide(ledger, {renamed.key: replace(renamed, status="withdrawn")})
+    return tmp_path, clock
+
+
+def _probe(digest: str) -> dict[str, object]:
+    return {"digest": digest, "efficacy": True, "hits": 1, "paraphrases": 2, "answer": "Lyra", "probability": 0.5}
+
+
+def test_the_time_line_of_a_subject_has_everything_oldest_first(story: tuple[Path, Clock]) -> None:
+    """Claims, decisions, versions, probes, conflicts, holds, labels; and nothing of other subjects."""
+    with opened(*story) as ledger, ledger.read() as db:
+        events = db.events_of(("feed:Vega",))
+        assert said(events) == [
+            ("claim", False, "Lyra"),
+            ("added", False, "Lyra"),
+            ("version", False, "Lyra"),
+            ("probe", False, "Lyra"),
+            ("conflict", False, None),
+            ("claim", False, "Draco"),
+            ("claim", True, "Lyra"),
+            ("conflict", True, None),
+            ("changed", False, "Draco"),
+            ("held", False, "Draco"),
+            ("held", True, "Draco"),
+            ("version", True, None),
+            ("relabelled", False, "Draco"),
+            ("withdrawn", False, "Draco"),
+        ]
+        assert [one.at for one in events] == sorted(one.at for one in events)
+        assert db.events_of(("feed:Vega",), "governor") == []
+        assert events[0].to_json()["after_id"] == "feed:Lyra"
+
+
+def test_a_subject_is_found_by_id_by_any_label_and_by_what_only_claims_say(story: tuple[Path, Clock]) -> None:
+    """Each name leads to the id, with the label of now."""
+    with opened(*story) as ledger:
+        sync(ledger, snapshot(claim("Vega", "Draco"), claim("Altair", "Aquila")))
+        with ledger.read() as db:
+            for name in ("feed:Vega", "Vega", "α Lyrae"):
+                assert db.subjects(name) == [Entity("feed:Vega", "α Lyrae")]
+            assert db.subjects("Altair") == [Entity("feed:Altair", "Altair")]
+            assert db.subjects("Nobody") == []
+
+
+def test_a_merged_id_stands_for_what_it_was_merged_into(tmp_path: Path) -> None:
+    """Its history is the other's, and both ids and the alias lead there."""
+    clock = Clock()
+    with opened(tmp_path, clock) as ledger:
+        take(ledger, feed(claim("Wega", "Lyra")))
+        clock.turn(hours=1)
+        take(ledger, feed(claim("Vega", "Lyra"), redirects=merged(Wega="Vega"), aliases={"Vega": ["Alpha Lyrae"]}))
+        with ledger.read() as db:
+            for name in ("feed:Wega", "Wega", "Vega", "Alpha Lyrae"):
+                assert [one.id for one in db.subjects(name)] == ["feed:Vega"]
+            kinds = [one.kind for one in db.events_of(db.merged("feed:Vega"))]
+            assert sorted(kinds) == ["added", "alias", "claim", "claim", "claim", "merged", "relabelled"]
+            shown = db.entity("feed:Vega")
+            assert [one["id"] for one in shown["merged"]] == ["feed:Wega"]
+            assert {one["name"] for one in shown["names"]} == {"Wega", "Vega", "Alpha Lyrae"}
+            assert [(one["relation"], one["as"]) for one in shown["relations"]] == [
+                (RELATION, "subject"),
+                ("brightest", "object"),
+            ]
+
+
+def test_changes_have_conflicts_and_holds_and_can_be_narrowed(story: tuple[Path, Clock]) -> None:
+    """By kind, source and time; a hold placed and released in the window are two events."""
+    with opened(*story) as ledger, ledger.read() as db:
+        every = db.happened(LONG_AGO)
+        kinds = [one.kind for one in every]
+        assert kinds.count("conflict") == kinds.count("held") == 2
+        assert {one.kind for one in db.happened(LONG_AGO, source="feed")}.isdisjoint({"conflict", "held"})
+        assert [one.kind for one in db.happened(LONG_AGO, kinds={"relabelled"})] == ["relabelled"]
+        middle = every[len(every) // 2].at
+        assert db.happened(LONG_AGO, middle) + db.happened(middle) == every
+        assert db.happened(LONG_AGO, relation="governor") == []
+
+
+def test_the_two_times_are_two_questions(tmp_path: Path) -> None:
+    """What was true in 2012 by the sources' dates, and what kbsync knew of it last week."""
+    clock = Clock()
+    first = [
+        claim("Ohio", "Strickland", start="2007", end="2011-01"),
+        claim("Ohio", "Kasich", "line 3", start="2011-01"),
+    ]
+    corrected = [first[0], replace(first[1], end="2019-01-14"), claim("Ohio", "DeWine", "line 4", start="2019-01-14")]
+    with opened(tmp_path, clock) as ledger:
+        sync(ledger, snapshot(*first))
+        before = clock.turn(hours=1)
+        clock.turn(hours=1)
+        sync(ledger, snapshot(*corrected, provenance=Provenance("feed.csv", NOON, 200, "cd" * 32)))
+        with ledger.read() as db:
+
+            def at(date: str, as_of: datetime | None = None) -> list[str]:
+                rows = db.claims_valid_at(FactFilter(as_of=as_of), date)
+                return [row.fact.object.label for row in rows]
+
+            assert at("2008-05-01") == ["Strickland"]
+            assert at("2012") == ["Kasich"]
+            assert at("2020-02") == ["DeWine"]
+            assert at("2020-02", as_of=before) == ["Kasich"]
+            assert at("2011") == ["Strickland", "Kasich"]
+            with pytest.raises(UsageError, match="no date"):
+                at("yesterday")
+
+
+def test_facts_are_filtered_counted_and_paged(story: tuple[Path, Clock]) -> None:
+    """By subject, object, source and part of a label, now and then; the rest of a long list is only counted."""
+    with opened(*story) as ledger, ledger.read() as db:
+        for wanted in (
+            FactFilter(subject="feed:Vega"),
+            FactFilter(subject="α Lyrae"),
+            FactFilter(object="Draco"),
+            FactFilter(search="LYR"),
+        ):
+            assert [row.fact.subject.id for row in db.select_facts(wanted)] == ["feed:Vega"]
+        then = FactFilter(source="feed", as_of=NOON + timedelta(minutes=30))
+        assert db.count_facts(then) == 2
+        assert [row.fact.subject.label for row in db.select_facts(then, 1)] == ["Deneb"]
+
+
+def test_no_question_about_one_subject_reads_all_facts_or_claims(
+    story: tuple[Path, Clock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own plan of every query has a search by index where it has `fact` or `claim`."""
+    plans: list[str] = []
+    with opened(*story) as ledger, ledger.read() as db:
+        connection = db._connection
+        if connection.dialect.name != "sqlite":
+            pytest.skip("EXPLAIN QUERY PLAN is SQLite's; ends where PostgreSQL's plans are read, too")
+
+        def explain(
+            _connection: object, cursor: object, statement: str, parameters: tuple[object, ...], *_: object
+        ) -> None:
+            if statement.startswith("SELECT"):
+                own = connection.connection.cursor()
+                plans.extend(row[3] for row in own.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall())
+
+        event.listen(connection.engine, "before_cursor_execute", explain)
+        for name in ("feed:Vega", "Vega"):
+            db.subjects(name)
+        db.history("Vega")
+        db.events_of(db.merged("feed:Vega"), model=MODEL)
+        lineage(db, FactKey(RELATION, "feed:Vega"), model=MODEL)
+        list(db.select_facts(FactFilter(subject="Vega", as_of=NOON)))
+        db.count_facts(FactFilter(subject="Vega"))
+        event.remove(connection.engine, "before_cursor_execute", explain)
+    assert any("SEARCH fact USING" in plan for plan in plans)
+    assert any("SEARCH claim USING" in plan for plan in plans)
+    assert [plan for plan in plans if plan.startswith(("SCAN fact", "SCAN claim"))] == []
