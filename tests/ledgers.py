@@ -28,12 +28,14 @@ from kbsync.facts import (
     Entity,
     Fact,
     FactKey,
+    Hold,
     Provenance,
     QuarantinedRow,
     Said,
     Snapshot,
+    Waiting,
 )
-from kbsync.ledger import Ledger, PublishedVersion
+from kbsync.ledger import Ledger, PublishedVersion, SourceState
 from kbsync.versions.manifest import ActiveDelta
 from tests.postgres import Server
 
@@ -268,3 +270,37 @@ def version(number: int, parent: int, *put_in: Applied, active: list[ActiveDelta
         "user": "me",
     }
     return PublishedVersion(MODEL, number, parent, active=active, facts=put_in, **(values | more))
+
+
+def fill(ledger: Ledger, clock: Clock) -> None:
+    """Two days of a feed, with everything that may happen to a key; MODEL follows the ledger."""
+    said = [*claims(Vega="Lyra", Deneb="Cygnus", Altair="Aquila"), claim("Mira", "Cetus", "line 9")]
+    _day(ledger, said, facts(Vega="Lyra", Deneb="Cygnus", Altair="Aquila", Mira="Cetus"))
+    clock.turn(days=1)
+    again = [*claims(Vega="Draco", Altair="Aquila"), claim("Mira", "Cetus", "line 4", qualifiers=(("state", "x"),))]
+    late = Provenance("https://x/feed.csv", NOON + timedelta(days=1), 200, "cd" * 32, as_of=NOON)
+    _day(ledger, again, facts(Vega="Draco", Altair="Aquila"), provenance=late, quarantined=[_bad()])
+    with ledger.write() as db:
+        run = db.runs()[0].id
+        db.set_waiting(run, [Waiting(key("Altair"), "confirm", "feed:Lyra", "1 of 2 fetches")], [RELATION])
+        both = (claim("Mira", "Cetus"), claim("Mira", "Draco"))
+        db.apply(run, facts(Vega="Draco", Altair="Aquila"), [Conflict(key("Mira"), "rows", both, "two")], [RELATION])
+        db.set_source_state(SourceState("broken", 3, True, NOON + timedelta(days=2), "503"))
+        db.hold(MODEL, Hold(key("Deneb"), None, "feed:Cygnus", "manual", "by hand"))
+        put_in = [applied("Vega", "Lyra", "1" * 64, 0), applied("Deneb", "Cygnus", "1" * 64, 1)]
+        db.publish(version(1, 0, *put_in, active=[ActiveDelta(delta="1" * 64)]))
+        active = [ActiveDelta(delta="1" * 64, excluded=(1,)), ActiveDelta(delta="2" * 64)]
+        db.publish(version(2, 1, applied("Vega", "Draco", "2" * 64, 0), active=active))
+
+
+def _day(ledger: Ledger, said: list[Any], wanted: Any, **more: Any) -> None:
+    """One fetch and what is accepted of it."""
+    with ledger.write() as db:
+        run = db.start_run("astronomy", model=None, trigger="sync", user="me")
+        db.record(run, snapshot(*said, **more))
+        db.apply(run, wanted, [], [RELATION])
+        db.finish_run(run, "done")
+
+
+def _bad() -> QuarantinedRow:
+    return QuarantinedRow("line 7", "no label", "9 | Rigel |", "feed:Rigel")

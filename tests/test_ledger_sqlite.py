@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 import sqlite3
 from contextlib import closing
@@ -156,22 +155,3 @@ def test_a_backup_is_whole_private_and_never_overwrites(tmp_path: Path) -> None:
     assert sorted(dump(copy.parent)) == sorted(dump(tmp_path))
     with opened(copy.parent) as ledger, ledger.read() as db:
         assert db.facts() == facts(Vega="Lyra")
-
-
-@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "data" / "ledgers").glob("*.db.gz")), ids=str)
-def test_a_ledger_of_every_earlier_schema_is_upgraded_after_a_backup(file: Path, tmp_path: Path) -> None:
-    """A ledger that an earlier kbsync wrote is copied, then upgraded: sound, and with the facts that it had."""
-    (tmp_path / "ledger.db").write_bytes(gzip.decompress(file.read_bytes()))
-    before = dump(tmp_path)
-    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        live = connection.execute("SELECT subject_id, object_id FROM fact WHERE until IS NULL").fetchall()
-    with opened(tmp_path) as ledger:
-        assert ledger.check() == []
-        with ledger.read() as db:
-            found = db.facts()
-            assert sorted((key.subject, fact.object.id) for key, fact in found.items()) == sorted(live)
-            assert all(fact.claim is not None for fact in found.values())
-    (copy,) = tmp_path.glob(f"ledger.db.{file.name[:4]}-*.backup")
-    (tmp_path / "old").mkdir()
-    copy.rename(tmp_path / "old" / "ledger.db")
-    assert sorted(dump(tmp_path / "old")) == sorted(before)

@@ -12,26 +12,18 @@ from typing import Any
 import pytest
 from sqlalchemy import column, inspect, select, table
 
-from kbsync.facts import Conflict, EditRequest, Hold, Provenance, QuarantinedRow, Waiting
-from kbsync.ledger import Ledger, Reader, SourceState, schema
+from kbsync.facts import EditRequest
+from kbsync.ledger import Ledger, Reader, schema
 from kbsync.ledger.columns import UtcTime
 from kbsync.ledger.views import VIEWS
-from kbsync.versions.manifest import ActiveDelta
 from tests.ledgers import (
     MODEL,
     NOON,
-    RELATION,
     Clock,
-    applied,
-    claim,
-    claims,
-    facts,
-    key,
+    fill,
     opened,
     register,
-    snapshot,
     tampered,
-    version,
 )
 
 pytestmark = pytest.mark.usefixtures("database")
@@ -53,39 +45,8 @@ def rich(tmp_path: Path) -> Iterator[Ledger]:
     clock = Clock()
     with opened(tmp_path, clock) as ledger:
         register(ledger)
-        said = [*claims(Vega="Lyra", Deneb="Cygnus", Altair="Aquila"), claim("Mira", "Cetus", "line 9")]
-        day(ledger, said, facts(Vega="Lyra", Deneb="Cygnus", Altair="Aquila", Mira="Cetus"))
-        clock.turn(days=1)
-        again = [*claims(Vega="Draco", Altair="Aquila"), claim("Mira", "Cetus", "line 4", qualifiers=(("state", "x"),))]
-        late = Provenance("https://x/feed.csv", NOON + timedelta(days=1), 200, "cd" * 32, as_of=NOON)
-        day(ledger, again, facts(Vega="Draco", Altair="Aquila"), provenance=late, quarantined=[bad()])
-        with ledger.write() as db:
-            run = db.runs()[0].id
-            db.set_waiting(run, [Waiting(key("Altair"), "confirm", "feed:Lyra", "1 of 2 fetches")], [RELATION])
-            both = (claim("Mira", "Cetus"), claim("Mira", "Draco"))
-            db.apply(
-                run, facts(Vega="Draco", Altair="Aquila"), [Conflict(key("Mira"), "rows", both, "two")], [RELATION]
-            )
-            db.set_source_state(SourceState("broken", 3, True, NOON + timedelta(days=2), "503"))
-            db.hold(MODEL, Hold(key("Deneb"), None, "feed:Cygnus", "manual", "by hand"))
-            put_in = [applied("Vega", "Lyra", FIRST, 0), applied("Deneb", "Cygnus", FIRST, 1)]
-            db.publish(version(1, 0, *put_in, active=[ActiveDelta(delta=FIRST)]))
-            active = [ActiveDelta(delta=FIRST, excluded=(1,)), ActiveDelta(delta=SECOND)]
-            db.publish(version(2, 1, applied("Vega", "Draco", SECOND, 0), active=active))
+        fill(ledger, clock)
         yield ledger
-
-
-def day(ledger: Ledger, said: list[Any], wanted: Any, **more: Any) -> None:
-    """One fetch and what is accepted of it."""
-    with ledger.write() as db:
-        run = db.start_run("astronomy", model=None, trigger="sync", user="me")
-        db.record(run, snapshot(*said, **more))
-        db.apply(run, wanted, [], [RELATION])
-        db.finish_run(run, "done")
-
-
-def bad() -> QuarantinedRow:
-    return QuarantinedRow("line 7", "no label", "9 | Rigel |", "feed:Rigel")
 
 
 def test_facts(rich: Ledger) -> None:

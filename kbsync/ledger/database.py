@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -287,10 +287,14 @@ def led(engine: Engine, place: str) -> Iterator[None]:
         yield
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.detach()  # closed at the end, and the lock with it
+        connection.detach()  # however this ends, the connection is closed, and its lock goes
         if not connection.scalar(select(func.pg_try_advisory_lock(_LEADER_LOCK))):
             raise Busy(f"{place}: another daemon or command works on this ledger", hint="wait for it, or stop it")
-        yield
+        try:
+            yield
+        finally:
+            with suppress(DBAPIError):  # at once: the server notices a closed connection a little later
+                connection.execute(select(func.pg_advisory_unlock(_LEADER_LOCK)))
 
 
 def insert_row(connection: Connection, table: Table, values: Mapping[str, Any]) -> int:
