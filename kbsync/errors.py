@@ -98,7 +98,10 @@ class ModelError(UsageError):
 
 
 class SourceError(KbsyncError):
-    """A source could not be read. The ledger is unchanged."""
+    """A source could not be read. The ledger is unchanged. `resting`: the host that wants to be left alone, where it
+    said so; other sources of that host are not asked meanwhile either."""
+
+    resting: str | None = None
 
     def __init__(self, source: str, problem: str, *, hint: str = "") -> None:
         super().__init__(f"source {source}: {problem}", hint=hint)

@@ -7,16 +7,18 @@ again next time on the claims that it made last. No transaction is open while a 
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import structlog
 from tenacity import RetryCallState, Retrying, retry_if_exception_type
 from tenacity.wait import wait_random_exponential
 
 from kbsync.connectors import Connector, Redirecting, refuse_older
-from kbsync.errors import SourceBlocked, SourceError, SourceUnavailable
+from kbsync.errors import KbsyncError, SourceBlocked, SourceError, SourceUnavailable
 from kbsync.facts import Provenance, Snapshot
 from kbsync.ledger import Ledger
 from kbsync.ledger.records import SourceState
@@ -53,25 +55,44 @@ def observe(
     failures: list[SourceError] = []
     for done, (name, connector) in enumerate(connectors.items()):
         progress("fetch", done, len(connectors))
+        host = getattr(connector, "host", None)
         with ledger.read() as db:
             state = db.source_state(name)
+            rest = db.source_state(_as_source(host)) if host else SourceState("")
             previous = db.last_accepted(name)
-        if state.retry_at is not None and datetime.now(UTC) < state.retry_at:
-            failures.append(_cooling(state, state.retry_at))
+        if cooling := _cooling(name, state) or _cooling(name, rest):
+            failures.append(cooling)
             continue
         try:
-            snapshots.append(_retrying(sleep)(_fetch, connector, previous, ledger))
+            snapshots.append(_retrying(sleep)(_fetch, name, connector, previous, ledger))
         except SourceError as error:
             failures.append(error)
             log.warning("source_failed", source=name, problem=error.message)
-            _note(ledger, state, _after_failure(state, error))
+            _note(ledger, state, after := _after_failure(state, error))
+            if error.resting is not None:
+                _note(ledger, rest, replace(after, source=_as_source(error.resting)))
         else:
             _note(ledger, state, SourceState(name))
+            if host:
+                _note(ledger, rest, SourceState(_as_source(host)))
     progress("fetch", len(connectors), len(connectors))
     return snapshots, failures
 
 
-def _fetch(connector: Connector, previous: Provenance | None, ledger: Ledger) -> Snapshot:
+def _fetch(name: str, connector: Connector, previous: Provenance | None, ledger: Ledger) -> Snapshot:
+    """What the connector gives; whatever else than a KbsyncError goes wrong in it may work later, and ends no pass."""
+    try:
+        return _complemented(connector, previous, ledger)
+    except KbsyncError:
+        raise
+    except Exception as error:
+        # Where, not what: the text of a foreign error may have an address with a password in it.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"its connector failed: {type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+        raise SourceUnavailable(name, problem, hint="this is a mistake in the connector, or in kbsync") from error
+
+
+def _complemented(connector: Connector, previous: Provenance | None, ledger: Ledger) -> Snapshot:
     """A snapshot that is not older than the last accepted one, with what the source says has become of ids that it no
     longer has."""
     snapshot = connector.fetch(previous)
@@ -91,11 +112,19 @@ def _fetch(connector: Connector, previous: Provenance | None, ledger: Ledger) ->
     return replace(snapshot, redirects={**snapshot.redirects, **connector.redirects(gone)}) if gone else snapshot
 
 
-def _cooling(state: SourceState, until: datetime) -> SourceError:
-    """A source that asked to be left alone is left alone."""
+def _as_source(host: str) -> str:
+    """The name under which the ledger keeps a host's state among those of the sources; no source can have it."""
+    return f"host {host}"
+
+
+def _cooling(source: str, state: SourceState) -> SourceError | None:
+    """A source or a host that asked to be left alone is left alone."""
+    until = state.retry_at
+    if until is None or datetime.now(UTC) >= until:
+        return None
     kind = SourceBlocked if state.blocked else SourceUnavailable
     problem = f"not asked again before {until:%Y-%m-%d %H:%M} UTC ({state.last_error})"
-    return kind(state.source, problem, hint="kbsync status shows the sources and their cooldowns")
+    return kind(source, problem, hint="kbsync status shows the sources and their cooldowns")
 
 
 def _retrying(sleep: Callable[[float], None] | None) -> Retrying:

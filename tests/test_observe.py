@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,11 @@ def state(ledger: Ledger) -> SourceState:
         return db.source_state("feed")
 
 
-def let_pass(ledger: Ledger) -> None:
-    """The cooldown is over."""
+def let_pass(ledger: Ledger, host: str = "") -> None:
+    """The cooldown is over, of the source and of its host."""
     with ledger.write() as db:
-        before = db.source_state("feed")
-        db.set_source_state(SourceState("feed", before.failures, before.blocked, datetime.now(UTC), before.last_error))
+        for name in ("feed", f"host {host}"):
+            db.set_source_state(replace(db.source_state(name), retry_at=datetime.now(UTC)))
 
 
 def test_what_may_work_later_is_tried_three_times(tmp_path: Path) -> None:
@@ -173,6 +173,49 @@ def test_an_answer_older_than_the_accepted_one_is_refused_whatever_gave_it(tmp_p
         assert len(look(ledger, Scripted([], as_of(NOON)))[0]) == 1
 
 
+@pytest.mark.parametrize("status", [403, 429])
+def test_a_host_that_wants_to_be_left_alone_is_asked_by_no_source_of_it(
+    tmp_path: Path, faults: FaultServer, status: int
+) -> None:
+    """The second source of the host is not asked, by another process neither; one of another host is."""
+    one = governors(tmp_path, faults.on("/one", answer(status=status, headers={"Retry-After": "900"})))
+    two = governors(tmp_path, faults.on("/two", answer(WHOLE, kind=RESULTS)), source="two")
+    sent = len(faults.requests)
+    with opened(tmp_path) as ledger:
+        _, failures = observe({"feed": one, "two": two}, ledger, sleep=lambda _: None)
+        assert [error.source for error in failures] == ["feed", "two"]
+        assert all(f"status {status}" in error.message for error in failures)
+        assert len(faults.requests) - sent == 1
+    with opened(tmp_path) as ledger:
+        _, [error] = observe({"two": two}, ledger)
+        assert "not asked again before" in error.message
+        assert len(faults.requests) - sent == 1
+        with Oxigraph() as own:
+            own.load(b"")
+            other = governors(tmp_path, own.endpoint.replace("127.0.0.1", "localhost"), source="three")
+            assert observe({"three": other}, ledger)[1] == []
+
+
+class Broken:
+    """A connector with a mistake."""
+
+    warnings = ()
+
+    def fetch(self, previous: Provenance | None) -> Snapshot:  # noqa: ARG002 (the protocol's)
+        """Fails as no connector should."""
+        raise ZeroDivisionError("postgresql://me:secret@host")
+
+
+def test_a_mistake_in_a_connector_is_that_sources_failure(tmp_path: Path) -> None:
+    """Tried again with the limit, told without the text of a foreign error, and no reason to stop for the others."""
+    with opened(tmp_path) as ledger:
+        snapshots, failures = observe({"bad": Broken(), "feed": Scripted([])}, ledger, sleep=lambda _: None)
+    [error] = failures
+    assert "its connector failed: ZeroDivisionError at test_observe.py:" in error.message
+    assert "secret" not in error.message
+    assert len(snapshots) == 1
+
+
 # The fault matrix: sources ----------------------------------------------------------------------------------------
 
 
@@ -245,7 +288,7 @@ def test_a_fault_changes_no_ledger_and_the_next_run_works(tmp_path: Path, faults
         assert (snapshots, type(failure), len(faults.requests) - sent) == ([], error, requests)
         assert [line for line in dump(tmp_path) if "source_state" not in line] == before
         faults.on("/sparql", answer(governor("Benjamin"), kind=RESULTS, zipped=True))
-        let_pass(ledger)
+        let_pass(ledger, f"127.0.0.1:{faults.port}")
         sync(ledger, *look(ledger, source)[0])
         with ledger.read() as db:
             assert [claim.object.label for claim in db.claims_of("feed")] == ["Benjamin"]

@@ -51,6 +51,8 @@ class Connector(Protocol):
     def warnings(self) -> Sequence[str]:
         """What `kbsync check` should say about the declaration: one sentence each, usually none."""
 
+    # May have `host: str`, the host that it asks: one that wants to be left alone is asked by no source of it.
+
     def fetch(self, previous: Provenance | None) -> Snapshot:
         """Read the source once and whole. `previous` is the provenance of the last accepted snapshot.
 

@@ -191,7 +191,7 @@ class _Exchange:
             if status in REDIRECTS or (status == 304 and conditional):
                 return Reply(str(request.url), status, response.headers, b"")
             if status != 200:
-                self._refuse(host, response)
+                self._refuse(request.url, response)
             with self._translated(host, SourceInvalid, "the answer was cut"):
                 body = self._body(host, response)
         return Reply(str(request.url), status, response.headers, body)
@@ -253,20 +253,29 @@ class _Exchange:
                 raise SourceInvalid(self._source, problem, hint=f"`max_bytes` in {self._file} allows more")
         return bytes(body)
 
-    def _refuse(self, host: str, response: httpx.Response) -> NoReturn:
+    def _refuse(self, url: httpx.URL, response: httpx.Response) -> NoReturn:
         """Raise what a status other than 200 means."""
-        status = response.status_code
+        status, host = response.status_code, url.host
         wait = retry_after(response.headers.get("retry-after"), now=datetime.now(UTC))
         problem = f"{host}: status {status} {response.reason_phrase}".rstrip() + _excerpt(response)
-        if status == 403:
-            hint = f"it is not asked again for an hour; see that `user_agent` in {self._file} names a contact"
-            raise SourceBlocked(self._source, problem, hint=hint)
-        if status in (429, 503):
-            wait = max(FLOOR_SECONDS, DEFAULT_SECONDS if wait is None else wait)
-            raise SourceUnavailable(self._source, problem, retry_after=wait, hint=f"it is asked again in {wait:.0f} s")
+        if status in (403, 429, 503):
+            raise self._resting(url, status, problem, wait)
         if status in (408, 425) or status >= 500:
             raise SourceUnavailable(self._source, problem, retry_after=wait, hint="run `kbsync sync` later")
         raise SourceInvalid(self._source, problem, hint=f"see the address and the query in {self._file}")
+
+    def _resting(self, url: httpx.URL, status: int, problem: str, wait: float | None) -> SourceError:
+        """The error of a host that wants to be left alone."""
+        error: SourceError
+        if status == 403:
+            hint = f"it is not asked again for an hour; see that `user_agent` in {self._file} names a contact"
+            error = SourceBlocked(self._source, problem, hint=hint)
+        else:
+            wait = max(FLOOR_SECONDS, DEFAULT_SECONDS if wait is None else wait)
+            hint = f"it is asked again in {wait:.0f} s"
+            error = SourceUnavailable(self._source, problem, retry_after=wait, hint=hint)
+        error.resting = url.netloc.decode()
+        return error
 
 
 def _excerpt(response: httpx.Response) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import httpx
 from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -105,6 +106,11 @@ class SparqlConnector:
         subjects = options.chunks.subjects if options.chunks else None
         named = [subjects.query, list(subjects.iris)] if subjects else []
         self._declaration = digest_of([source.model_dump(mode="json"), options.query, *named])
+
+    @property
+    def host(self) -> str:
+        """The host that is asked, with its port where that is not the usual one."""
+        return httpx.URL(self._options.endpoint).netloc.decode()
 
     @property
     def warnings(self) -> Sequence[str]:
