@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
+import json
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kbsync.errors import SourceError, SourceInvalid, SourceUnavailable
@@ -193,8 +199,9 @@ def test_a_lookup_that_misses_sends_the_row_to_quarantine(tmp_path: Path, kind: 
 def test_a_row_whose_id_cannot_be_read_names_no_subject(tmp_path: Path) -> None:
     """Then nothing of the source is withdrawn."""
     snapshot = read(tmp_path, CSV + "x,Mira,Cet\n", row_id={"column": "hip", "match": r"^\d+$"})
-    assert reasons(snapshot) == [("line 4", r"hip: 'x' does not match ^\d+$", "hip:Mira")]
+    assert reasons(snapshot) == [("line 4", r"hip: 'x' does not match ^\d+$", None)]
     assert pairs(snapshot) == STARS
+    assert not snapshot.complete
 
 
 def test_constants_qualifiers_and_aliases_are_read(tmp_path: Path) -> None:
@@ -217,12 +224,41 @@ def test_constants_qualifiers_and_aliases_are_read(tmp_path: Path) -> None:
     assert snapshot.aliases == {"hip:John Smith": ("Jack Smith", "J. Smith")}
 
 
+def test_a_condition_that_cannot_be_read_is_a_bad_row(tmp_path: Path) -> None:
+    """A list where a text is compared: nobody can say whether the row counts."""
+    lines = BODIES["jsonl"] + '{"hip": 3, "name": "Mira", "con": ["Cet"]}\n'
+    snapshot = read(tmp_path, lines, "jsonl", where={"con": "Lyr"})
+    assert pairs(snapshot) == {"Vega": "Lyr"}
+    assert reasons(snapshot) == [("line 3", "con is a list, not a text", None)]
+    assert not snapshot.complete
+
+
 def test_a_bad_qualifier_is_a_bad_row(tmp_path: Path) -> None:
     """Without it the row might be about someone else."""
     columns = {"subject": "name", "object": "con", "qualifiers": {"state": {"column": "hip", "match": "^9"}}}
     assert reasons(read(tmp_path, CSV, columns=columns)) == [
         ("line 3", "hip: '102098' does not match ^9", "hip:102098")
     ]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
+
+
+@given(st.lists(st.tuples(TEXT, TEXT, TEXT).filter(lambda row: any(map(str.strip, row))), max_size=6), st.booleans())
+def test_a_feed_says_the_same_in_either_form(rows: list[tuple[str, str, str]], packed: bool) -> None:
+    """CSV and JSON Lines of the same texts are the same claims and the same quarantine, packed or not."""
+    with TemporaryDirectory() as name, io.StringIO(newline="") as table:
+        writer = csv.writer(table)
+        writer.writerows([("hip", "name", "con"), *rows])
+        lines = "".join(json.dumps(dict(zip(("hip", "name", "con"), row, strict=True))) + "\n" for row in rows)
+        pack = gzip.compress if packed else bytes
+        one = read(Path(name), pack(table.getvalue().encode()), "csv")
+        two = read(Path(name), pack(lines.encode()), "jsonl")
+        assert [replace(claim, origin="") for claim in one.claims] == [
+            replace(claim, origin="") for claim in two.claims
+        ]
+        assert [reason[1:] for reason in reasons(one)] == [reason[1:] for reason in reasons(two)]
+        assert one.complete == two.complete
 
 
 # -- drift
@@ -264,6 +300,9 @@ def test_an_optional_column_may_be_gone(tmp_path: Path, kind: str) -> None:
         ({"compression": "rar"}, ("compression",)),
         ({"minisign": {}}, ("minisign", "public_key")),
         ({"minisign": {"public_key": "RWQ"}}, ("minisign", "public_key")),
+        ({"minisign": {"public_key": KEY, "signature": "http://example.org/x"}}, ("minisign",)),
+        ({"sha256": "http://example.org/SHA256SUMS"}, ("sha256",)),
+        ({"sha256": "https://user:password@example.org/SHA256SUMS"}, ("sha256",)),
         ({"columns": {"subject": "name", "object": {"column": "con", "match": "("}}}, ("columns", "object", "match")),
         (
             {"columns": {"subject": "name", "object": "con", "qualifiers": {"A b": "x"}}},

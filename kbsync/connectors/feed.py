@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -25,8 +26,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from kbsync.connectors import Options, Place
 from kbsync.connectors.archive import BadArchive, Compression, unpack
 from kbsync.connectors.columns import Cell, Columns, Reader, reader
-from kbsync.connectors.http import HttpOptions
-from kbsync.connectors.location import Fetched, Location, check_location
+from kbsync.connectors.http import HttpOptions, check_url
+from kbsync.connectors.location import Fetched, Location, check_location, is_url
 from kbsync.connectors.rows import Row, snapshot_of
 from kbsync.connectors.signature import HEX, BadSignature, PublicKey, check_sha256, expected_sha256
 from kbsync.connectors.table import BadTable
@@ -105,6 +106,14 @@ class FeedOptions(HttpOptions, RowOptions):
     def _location(cls, value: str, info: ValidationInfo) -> str:
         return check_location(value, info)
 
+    @field_validator("sha256", "minisign")
+    @classmethod
+    def _proof(cls, value: str | Minisign | None, info: ValidationInfo) -> str | Minisign | None:
+        beside = value.signature if isinstance(value, Minisign) else value
+        if beside is not None and is_url(beside):
+            check_url(beside, info.data)
+        return value
+
 
 class Records(Protocol[RecordT]):
     """A body parted into records."""
@@ -139,17 +148,19 @@ class Mapped(Generic[RecordT]):
     def __iter__(self) -> Iterator[Row]:
         for number, record, problem in self._records:
             origin = f"{self._place} {number}"
-            if problem:
-                yield Row(origin, self._records.raw(record), problem=problem)
-            elif all(read(record) == value for read, value in self._wanted):
-                yield self._row(origin, record)
+            try:
+                if not problem and not all(read(record) == value for read, value in self._wanted):
+                    continue
+            except ValueError as error:
+                problem = str(error)
+            yield Row(origin, self._records.raw(record), problem=problem) if problem else self._row(origin, record)
 
     def _row(self, origin: str, record: RecordT) -> Row:
         problem = ""
         try:
             values: dict[str, Any] = {name: read(record) for name, read in self._fields.items()}
         except ValueError as error:
-            problem, values = str(error), dict(self._readable(record))
+            problem, values = str(error), self._readable(record)
         row = Row(origin, self._records.raw(record), object_space=self._space, problem=problem, **values)
         if row.object_id:
             row.object_id = f"{self._space}:{row.object_id}"
@@ -163,13 +174,15 @@ class Mapped(Generic[RecordT]):
             row.problem = row.problem or str(error)
         return row
 
-    def _readable(self, record: RecordT) -> Iterator[tuple[str, str]]:
-        """The fields of a bad row that can be read: its subject may be among them."""
+    def _readable(self, record: RecordT) -> dict[str, str]:
+        """The fields of a bad row that can be read; its label is no name for it where its id cannot."""
+        found = {}
         for name, read in self._fields.items():
-            try:
-                yield name, read(record)
-            except ValueError:
-                continue
+            with suppress(ValueError):
+                found[name] = read(record)
+        if "subject_id" in self._fields and "subject_id" not in found:
+            found.pop("subject", None)
+        return found
 
 
 class FeedConnector:
