@@ -179,11 +179,11 @@ def test_the_column_is_the_facts_own_and_active_in_the_live_version(rich: TestWo
             own = [fact for fact in manifest.facts if (fact.delta, fact.column) == (column.delta, column.column)]
             assert chain.key in {fact.edit_request.key for fact in own}
             assert hashlib.sha256(store.delta_path(column.delta).read_bytes()).hexdigest() == column.delta
-            if chain.plan is not None:
-                [plan] = [row for row in db.plans(chain.plan.run_id) if row.id == chain.plan.id]
-                assert plan.digest == chain.plan.digest
-            else:
-                assert chain.gaps["plan"]
+            assert chain.plan
+            [plan] = [row for row in db.plans(chain.plan.run_id) if row.id == chain.plan.id]
+            assert plan.digest == chain.plan.digest == plan.document["digest"]
+            assert chain.plan.run_id == column.run_id
+            assert chain.plan.kind in ("added", "changed", "re-rendered", "kept")
             assert chain.measured
             assert chain.measured.version >= column.version
 

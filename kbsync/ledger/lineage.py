@@ -23,6 +23,8 @@ from kbsync.ledger.records import FactRow, Placement, RunRow
 
 __all__ = ["ClaimLink", "ColumnLink", "FetchLink", "Lineage", "Measured", "PlanLink", "lineage"]
 
+_KINDS = {"adds": "added", "changes": "changed", "re_rendered": "re-rendered", "kept": "kept"}
+"""The lists of a plan document that ask for something, and what each of their rows is called."""
 EARLIER = "not kept: it was made by an earlier kbsync"
 
 
@@ -390,10 +392,9 @@ class _Weights:
         table = schema.plan
         query = select(table).where(table.c.run_id == run_id, table.c.model == self.model, table.c.head == head)
         for row in self.db.execute(query.order_by(table.c.id.desc())):
-            for edit in row.document.get("edits", ()):
-                asked = edit.get("request", edit)
-                if asked.get("relation") == self.key.relation and asked.get("subject_id") in self.ids:
-                    return PlanLink(row.id, row.run_id, row.digest, row.head, row.at, edit["kind"])
+            for kind, asked in _edits_of(row.document):
+                if _about(asked, self.key, self.ids):
+                    return PlanLink(row.id, row.run_id, row.digest, row.head, row.at, kind)
         return None
 
     def measured(self, digest: str, since: int) -> Measured | None:
@@ -471,9 +472,16 @@ def _blocked(db: Reader, model: str, key: FactKey, ids: Collection[str]) -> str 
 def _held_run(db: Reader, key: FactKey, ids: Collection[str]) -> int | None:
     """A run that waits for approval and would edit the key."""
     for staged in db.staged_plans():
-        if any(_about(edit.get("request", edit), key, ids) for edit in staged.plan.get("edits", ())):
+        if any(_about(asked, key, ids) for _, asked in _edits_of(staged.plan)):
             return staged.run_id
     return None
+
+
+def _edits_of(document: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What a plan asks for: (kind, row). Plans that an earlier kbsync staged have `edits`."""
+    for name, kind in _KINDS.items():
+        yield from ((kind, row) for row in document.get(name, ()))
+    yield from ((edit["kind"], edit["request"]) for edit in document.get("edits", ()))
 
 
 def _about(entry: Mapping[str, Any], key: FactKey, ids: Collection[str]) -> bool:

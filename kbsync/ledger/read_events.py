@@ -193,7 +193,8 @@ class EventReader(FactReader, SubjectReader, VersionReader):
         for row in conflicts:
             more = {"conflict": row.kind, "claims": row.claims}
             times = (row.opened_at, row.opened_run, row.closed_at, row.closed_run)
-            yield from _spell("conflict", row, times, scope, names, detail=row.reason, more=more)
+            claimed = {side["subject"]["id"]: side["subject"]["label"] for side in row.claims}
+            yield from _spell("conflict", row, times, scope, claimed | names, detail=row.reason, more=more)
         for row in waits:
             times = (row.since, row.since_run, row.until, row.until_run)
             more = {"waiting": row.reason}
