@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -54,7 +54,8 @@ def change_kind(before: Fact | None, after: Fact | None) -> ChangeKind | None:
         return "changed"
     if before.status != after.status:
         return "withdrawn" if after.status == "withdrawn" else "restored"
-    return "relabelled" if (before.subject, before.object) != (after.subject, after.object) else None
+    written = (before.subject.label, before.object.label) != (after.subject.label, after.object.label)
+    return "relabelled" if written else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,7 @@ class FactReader(Session):
         """What changed after `since`, up to and with `until` (default: now), oldest first. `source` is the one that
         said the new fact, or the old one where it was removed."""
         found = [*self._begun(since, until, relation), *self._ended(since, until, relation)]
+        found = _through_merges(found, redirects_in(self._connection))
         kept = [change for change in found if source is None or _source(change) == source]
         return sorted(kept, key=lambda change: (change.at, change.key))
 
@@ -241,6 +243,27 @@ def _columns(table: Any) -> list[ColumnElement[Any]]:
 
 def _same_key(one: Any, other: Any) -> ColumnElement[bool]:
     return and_(one.c.relation == other.c.relation, one.c.subject_id == other.c.subject_id)
+
+
+def _through_merges(changes: Sequence[Change], moved: Mapping[str, str]) -> list[Change]:
+    """The changes as they are of things, not of ids: a fact that ended under an old id and began under the new one at
+    the same moment is one change, or none."""
+    if not moved:
+        return list(changes)
+    begun = {(change.key, change.at): change for change in changes if change.kind == "added"}
+    found: list[Change] = []
+    joined: set[tuple[FactKey, datetime | None]] = set()
+    for change in changes:
+        now = (follow_key(change.key, moved), change.at)
+        after = begun.get(now) if change.kind == "removed" and now[0] != change.key else None
+        if after is not None and now not in joined:
+            joined.add(now)
+            change = replace(after, before=change.before)
+        before = change.before and follow_fact(change.before, moved)
+        kind = change_kind(before, change.after and follow_fact(change.after, moved))
+        if kind is not None:
+            found.append(replace(change, kind=kind))
+    return [change for change in found if change.kind != "added" or (change.key, change.at) not in joined]
 
 
 def _valid(relations: Collection[str] | None, as_of: datetime | None) -> list[ColumnElement[bool]]:
