@@ -187,9 +187,9 @@ def test_a_query_that_takes_too_long_ends(offices: Database) -> None:
 
 def test_an_answer_has_at_most_so_many_rows_and_bytes(offices: Database) -> None:
     """An endless answer stops at the cap."""
-    with pytest.raises(SourceInvalid, match="more than 5,000 rows, which `max_rows`"):
+    with pytest.raises(SourceInvalid, match="more than 5,000 rows"):
         ask(offices, ENDLESS, max_rows=5_000)
-    with pytest.raises(SourceInvalid, match=r"larger than 50\.0KB, which `max_bytes`"):
+    with pytest.raises(SourceInvalid, match=r"larger than 50\.0KB"):
         ask(offices, ENDLESS, max_bytes=50_000)
 
 
@@ -327,6 +327,11 @@ def everything_said(found: Connector) -> str:
         "postgresql+psycopg://reader:${DB_PASSWORD}@127.0.0.1:1/crm",
         "postgresql+psycopg://reader:x@127.0.0.1:1/crm?sslpassword=${DB_PASSWORD}",
         "no-such-driver://reader:${DB_PASSWORD}@127.0.0.1/crm",
+        "postgresql+psycopg://reader:x@127.0.0.1:${DB_PASSWORD}/crm",
+        "postgresql+psycopg://reader:x@127.0.0.1:1/crm?no_such_option=${DB_PASSWORD}",
+        "postgresql+psycopg://reader:x@127.0.0.1:1/crm?connect_timeout=${DB_PASSWORD}",
+        "sqlite:///${DB_PASSWORD}/../..",
+        "postgresql+psycopg://reader:x@${DB_PASSWORD}@127.0.0.1:1/crm",
         "${DB_PASSWORD}",
         "file:url.txt",
     ],

@@ -32,7 +32,7 @@ from uuid import UUID
 from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator
 from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from kbsync.connectors import Place
 from kbsync.connectors.columns import Reader
@@ -55,6 +55,8 @@ BUSY_SECONDS = 5.0
 PROGRESS_STEPS = 10_000
 """SQLite looks at the deadline after so many steps of its virtual machine, some 0.1 ms."""
 
+_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
+"""Drivers that have an argument of this name."""
 _FORM = re.compile(r"(?:\s+|--[^\n]*(?:\n|$)|/\*.*?\*/|\()*(select|with)\b", re.IGNORECASE | re.DOTALL)
 _SQLITE_READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _SQLITE_MAY_END = ("locked", "busy", "interrupted", "unable to open", "disk i/o")
@@ -189,20 +191,26 @@ class SqlConnector:
         text = self._options.url.get_secret_value()
         if text.startswith(FILE):
             text = self._place.text(text.removeprefix(FILE)).strip()
+        text = filled(text)
         try:
-            url = make_url(filled(text))
-        except ArgumentError:
+            url = make_url(text)
+        except (ArgumentError, ValueError):
             raise ValueError("is no database URL, such as postgresql+psycopg://user:${PASSWORD}@host/name") from None
+        if "@" in (url.host or ""):
+            raise ValueError("has an @ in its password: write it as %40")
         if url.get_backend_name() != "sqlite":
             if not (url.host or url.query.get("host")):
                 raise ValueError("names no host: of databases that are files, only SQLite's can be read")
             return url
         if not url.database or url.database.startswith((":", "file:")):
             raise ValueError("must name a SQLite file")
-        return url.set(database=str(self._place.path(url.database)), query={})
+        try:
+            return url.set(database=str(self._place.path(url.database)), query={})
+        except ValueError:
+            raise ValueError("names a file outside the folders that sources may read (allowed_dirs)") from None
 
     def _ask(self, url: URL) -> bytes:
-        """The answer as JSON Lines. Raises SourceError; ValueError where no database can be asked so."""
+        """The answer as JSON Lines. Raises SourceError."""
         deadline = time.monotonic() + self._options.deadline
         with self._translated(url), _engine(url) as engine, engine.connect() as connection:
             _bind(connection, self._options.deadline, deadline)
@@ -214,16 +222,19 @@ class SqlConnector:
 
     def _written(self, names: Any, batches: Iterator[Sequence[Any]], deadline: float) -> bytes:
         options, file = self._options, io.BytesIO()
+        name, where = self._source.source, f"sources/{self._source.source}.yaml"
         file.write(_line(list(names)))
         rows = 0
         for batch in batches:
             rows += len(batch)
             file.writelines(_line([_value(value) for value in row]) for row in batch)
             if rows > options.max_rows:
-                raise ValueError(f"the answer has more than {options.max_rows:,} rows, which `max_rows` allows")
+                raise SourceInvalid(
+                    name, f"the answer has more than {options.max_rows:,} rows", hint=f"`max_rows` in {where}"
+                )
             if file.tell() > options.max_bytes:
                 limit = options.max_bytes.human_readable(decimal=True)
-                raise ValueError(f"the answer is larger than {limit}, which `max_bytes` allows")
+                raise SourceInvalid(name, f"the answer is larger than {limit}", hint=f"`max_bytes` in {where}")
             if time.monotonic() > deadline:
                 raise self._too_late()
         return file.getvalue()
@@ -244,7 +255,7 @@ class SqlConnector:
             detail = f"no driver for {url.drivername} is installed ({printable(error, 100)})"
             hint = "for PostgreSQL: pip install 'kbsync[postgres]'"
             raise SourceInvalid(name, detail, hint=hint) from None
-        except (DBAPIError, sqlite3.Error) as error:
+        except (SQLAlchemyError, sqlite3.Error, TypeError, ValueError) as error:
             detail = _scrubbed(error, url)
             if dialect == "sqlite" and "interrupted" in detail:
                 raise self._too_late() from None
@@ -261,8 +272,7 @@ def _engine(url: URL) -> Iterator[Engine]:
         connect: Callable[[], Any] = partial(sqlite3.connect, f"{uri}?mode=ro", uri=True, timeout=BUSY_SECONDS)
         engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
     else:
-        # libpq's name; MySQL's drivers use it, too
-        arguments = {"connect_timeout": CONNECT_SECONDS} if url.get_backend_name() in _READ_ONLY else {}
+        arguments = {"connect_timeout": CONNECT_SECONDS} if url.get_driver_name() in _CONNECT_TIMEOUT else {}
         engine = create_engine(url, connect_args=arguments, poolclass=NullPool)
     try:
         yield engine
@@ -278,7 +288,8 @@ def _bind(connection: Connection, seconds: float, deadline: float) -> None:
             raw.set_authorizer(_authorized)
             raw.set_progress_handler(lambda: time.monotonic() > deadline, PROGRESS_STEPS)
         return
-    for statement in _READ_ONLY.get(connection.dialect.name, ()):
+    dialect = "mariadb" if getattr(connection.dialect, "is_mariadb", False) else connection.dialect.name
+    for statement in _READ_ONLY.get(dialect, ()):
         connection.exec_driver_sql(statement.format(ms=max(1, int(seconds * 1000)), s=max(1, int(seconds))))
 
 
