@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.schema import CreateTable
 
 from kbsync.errors import LedgerError
@@ -155,3 +155,52 @@ def test_a_backup_is_whole_private_and_never_overwrites(tmp_path: Path) -> None:
     assert sorted(dump(copy.parent)) == sorted(dump(tmp_path))
     with opened(copy.parent) as ledger, ledger.read() as db:
         assert db.facts() == facts(Vega="Lyra")
+
+
+def test_a_full_disk_fails_the_run_and_leaves_the_ledger_as_it_was(tmp_path: Path) -> None:
+    """SQLite gets no more pages in the middle of a write: one line, nothing of it is left, and once there is room the
+    same ledger goes on."""
+    with opened(tmp_path) as ledger:
+        sync(ledger, snapshot(*claims(Vega="Lyra")))
+        before = dump(tmp_path)
+        with ledger._engine.connect() as connection:
+            pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+
+        def limit(connection: sqlite3.Connection, _record: object) -> None:
+            connection.execute(f"PRAGMA max_page_count = {pages + 3}")
+
+        many = snapshot(*claims(**{f"Star{n}": "Lyra" for n in range(5000)}))
+        ledger._engine.dispose()
+        event.listen(ledger._engine, "connect", limit)
+        with pytest.raises(LedgerError, match="disk is full") as caught:
+            sync(ledger, many)
+        assert "\n" not in caught.value.message
+        assert dump(tmp_path) == before
+        event.remove(ledger._engine, "connect", limit)
+        ledger._engine.dispose()
+        sync(ledger, many)
+        assert ledger.check() == []
+
+
+@pytest.mark.parametrize("place", ["/proc/kbsync/ledger.db", "/dev/null/ledger.db"])
+def test_a_folder_that_cannot_be_written_is_named(place: str) -> None:
+    """One line with the path, also for root, and a hint."""
+    with pytest.raises(LedgerError, match=re.escape(place)) as caught:
+        Ledger.open(f"sqlite:///{place}")
+    assert caught.value.hint == "choose a folder that can be written to"
+
+
+def test_a_ledger_that_turned_read_only_is_read_but_not_written(tmp_path: Path) -> None:
+    """Where the file system lets nothing be written, a write is refused in one line and reading goes on."""
+    with opened(tmp_path) as ledger:
+        decide(ledger, facts(Vega="Lyra"))
+        event.listen(ledger._engine, "connect", _turn_read_only)
+        ledger._engine.dispose()
+        with pytest.raises(LedgerError, match="readonly database"):
+            decide(ledger, facts(Vega="Draco"))
+        with ledger.read() as db:
+            assert db.facts() == facts(Vega="Lyra")
+
+
+def _turn_read_only(connection: sqlite3.Connection, _record: object) -> None:
+    connection.execute("PRAGMA query_only = ON")
