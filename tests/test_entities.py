@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,8 @@ from kbsync.plan import Plan, make_plan
 from kbsync.policy import Policy
 from kbsync.versions.manifest import ActiveDelta
 from tests.ledgers import MODEL, NOON, RELATION, Clock, applied, claim, claims, key, opened, register, said, version
+
+pytestmark = pytest.mark.usefixtures("database")
 
 POLICY = Policy.model_validate(
     {

@@ -34,6 +34,8 @@ from tests.ledgers import (
 )
 from tests.test_entities import feed, merged, take
 
+pytestmark = pytest.mark.usefixtures("database")
+
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
