@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kbsync.errors import SourceError, SourceInvalid, SourceUnavailable
+from kbsync.observe import observe
 from tests.faultserver import FaultServer, answer
 from tests.feeds import BODIES, CSV, connector, pairs, read, reasons
+from tests.ledgers import dump, opened, sync
 from tests.test_signature import BODY, KEY, LEGACY, PREHASHED
 
 STARS = {"Vega": "Lyr", "Deneb": "Cyg"}
@@ -179,6 +181,23 @@ def test_what_proves_a_feed_lies_inside_the_allowed_folders(tmp_path: Path, besi
     for keys in ({"sha256": beside}, {"minisign": {"public_key": KEY, "signature": beside}}):
         with pytest.raises((ValidationError, SourceError), match="outside the folders"):
             read(folder, CSV, **keys)
+
+
+@pytest.mark.parametrize(
+    "body", [CSV.replace("Lyr", "Cet"), CSV.replace("con", "kon"), gzip.compress(CSV.encode())[:-1], b"\xff"]
+)
+def test_a_refused_feed_leaves_the_ledger_as_it_was(tmp_path: Path, body: str | bytes) -> None:
+    """A wrong signature, a changed header, half an archive, no text: only the source's own failure is noted."""
+    (tmp_path / "stars.csv.minisig").write_bytes(SIGNED_CSV)
+    keys: dict[str, Any] = {"minisign": {"public_key": KEY}} if "Cet" in str(body) else {}
+    with opened(tmp_path) as ledger:
+        sync(ledger, read(tmp_path, CSV, **keys))
+        before = [line for line in dump(tmp_path) if "source_state" not in line]
+        (tmp_path / "stars.csv").write_bytes(body.encode() if isinstance(body, str) else body)
+        snapshots, errors = observe({"stars": connector(tmp_path, **keys)}, ledger)
+        assert snapshots == []
+        assert [type(error) for error in errors] == [SourceInvalid]
+        assert [line for line in dump(tmp_path) if "source_state" not in line] == before
 
 
 # -- columns
