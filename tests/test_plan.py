@@ -26,15 +26,17 @@ from kbsync.facts import (
 )
 from kbsync.plan import HeldChange, Plan, PlannedEdit, Retraction, check_edits, check_guard, make_plan
 from kbsync.policy import Guard, Policy, render
-from kbsync.resolve import resolve
+from kbsync.resolve import Context, resolve
 from tests import ledgers
 from tests.worlds import (
     LABELS,
+    NOON,
     SOURCES,
     SUBJECTS,
     TEMPLATES,
     claim,
     claims,
+    contexts,
     contradictions,
     policies,
     policy_of,
@@ -440,6 +442,7 @@ class Sync(RuleBasedStateMachine):
         self.known: set[str] = set()
         self.versions: list[dict[FactKey, Applied]] = [{}]
         self.column = 0
+        self.context = Context(now=NOON)
 
     @initialize(policy=policies())
     def first_policy(self, policy: Policy) -> None:
@@ -477,6 +480,12 @@ class Sync(RuleBasedStateMachine):
         self.claims[source] = [*now.values(), *staying]
         self.sync(size, failing)
 
+    @rule(context=contexts(), size=st.integers(1, 3))
+    def people_rule(self, context: Context, size: int) -> None:
+        """Other rulings are in force, other objects are recent; then a pass."""
+        self.context = context
+        self.sync(size, set())
+
     @rule(source=st.sampled_from(SOURCES), size=st.integers(1, 3))
     def not_modified(self, source: str, size: int) -> None:
         """The source says the same again, which confirms it."""
@@ -513,8 +522,8 @@ class Sync(RuleBasedStateMachine):
 
     def sync(self, size: int, failing: set[str]) -> None:
         said = [one for claims in self.claims.values() for one in claims]
-        self.facts = resolve(said, self.facts, self.policy).facts
-        assert resolve(said, self.facts, self.policy).facts == self.facts
+        self.facts = resolve(said, self.facts, self.policy, self.context).facts
+        assert resolve(said, self.facts, self.policy, self.context).facts == self.facts
         for _ in range(30):
             plan = self.plan()
             if plan.empty:

@@ -7,13 +7,16 @@ may share its template with the direct one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from hypothesis import strategies as st
 
-from kbsync.facts import Claim, EditRequest, Entity
+from kbsync.facts import Claim, EditRequest, Entity, FactKey, Ruling
 from kbsync.policy import Policy
+from kbsync.resolve import Context
 
+NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
 SOURCES = ("alpha", "beta", "gamma")
 SUBJECTS = ("s:1", "s:2", "s:3")
 OBJECTS = ("o:1", "o:2", "o:3")
@@ -39,7 +42,8 @@ def claim(subject: str, obj: str, *, source: str = "alpha", origin: str = "line 
 
 
 def policies() -> st.SearchStrategy[Policy]:
-    """Policies over three sources: each precedence, confirmation, retraction, inverse and protection."""
+    """Policies over three sources: each precedence and preference, confirmation, retraction, inverse, protection and
+    template of subjects."""
     retract = st.sampled_from(["keep", "revert"])
     template = st.sampled_from(TEMPLATES)
     inverse = st.fixed_dictionaries({"relation": st.just("holder"), "prompt": template, "retract": retract})
@@ -50,6 +54,8 @@ def policies() -> st.SearchStrategy[Policy]:
             "inverse": st.none() | inverse,
             "skip_known": st.booleans(),
             "protected": st.sampled_from([(), (SUBJECTS[0],)]),
+            "subject": st.sampled_from(["{subject}", "{subject} ({state})"]),
+            "prefer": st.sampled_from([(), (), ("beta",), ("gamma", "alpha")]),
         }
     )
     document = st.fixed_dictionaries(
@@ -59,7 +65,9 @@ def policies() -> st.SearchStrategy[Policy]:
             "precedence": st.sampled_from(["order", "newest", "quorum(2)"]),
             "schedule": st.just({"every": "1h"}),
             "relations": st.fixed_dictionaries({"place": relation}),
-            "confirm": st.fixed_dictionaries({"fetches": st.sampled_from([1, 1, 2])}),
+            "confirm": st.fixed_dictionaries(
+                {"fetches": st.sampled_from([1, 1, 2]), "hours": st.sampled_from([0, 0, 5]), "flip_flop": st.just("7d")}
+            ),
         }
     )
     return document.map(Policy.model_validate)
@@ -84,6 +92,21 @@ def claims(*, most_seen: int = 3) -> st.SearchStrategy[Claim]:
         start=date,
         end=date,
         seen=st.integers(1, most_seen),
+        qualifiers=st.sampled_from([(), (), (("state", "Ohio"),), (("state", "Utah"),)]),
+        since=st.sampled_from([NOON - timedelta(hours=9), NOON - timedelta(hours=5), NOON]),
+    )
+
+
+def contexts() -> st.SearchStrategy[Context]:
+    """Rulings on some keys, and what some keys were before."""
+    keys = st.sampled_from([FactKey("place", subject) for subject in SUBJECTS] + [FactKey("holder", OBJECTS[0])])
+    things = st.sampled_from([*OBJECTS, *SUBJECTS])
+    rulings = st.builds(Ruling, things, st.frozensets(things), st.sampled_from(["", "seen"]))
+    return st.builds(
+        Context,
+        now=st.just(NOON),
+        rulings=st.dictionaries(keys, rulings, max_size=2),
+        recent=st.dictionaries(keys, st.frozensets(things), max_size=2),
     )
 
 
