@@ -6,7 +6,7 @@ MODEL := smollm2-135m
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lint check format model clean
+.PHONY: help demo test gpu mutants lint check format model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ test: model ## run the tests
 
 gpu: model ## the engine's tests on a CUDA device; its speed, memory and hashes there
 	@$(BIN)/python -m tests.gpu
+
+mutants: $(READY) ## small defects in the decisions: each must fail a test (about 20 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .
