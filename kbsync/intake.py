@@ -9,16 +9,22 @@ All of it happens in the caller's transaction, so that a held run or a dry run c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from kbsync.facts import Change, Snapshot
+from kbsync.facts import Change, FactKey, Snapshot
+from kbsync.ledger.obvious import functional
+from kbsync.ledger.scope import prompts_of
 from kbsync.ledger.writer import Writer
 from kbsync.plan import check_guard
 from kbsync.policy import Policy
 from kbsync.resolve import resolve
 
-__all__ = ["Intake", "take_in"]
+__all__ = ["LISTED", "Intake", "take_in"]
+
+
+LISTED = 10_000
+"""Changes that are listed one by one where there was nothing to weigh: of a first load only the number matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +47,35 @@ def take_in(db: Writer, policy: Policy, run: int, snapshots: Sequence[Snapshot])
             reasons += check_guard(recorded.difference, policy.guard)
         for name in counts:
             counts[name] += getattr(recorded, name)
-    relations = tuple(policy.wording())
-    claims = db.claims(tuple(policy.relations))
-    resolution = resolve(claims, db.facts(relations), policy, db.decision_context(policy))
-    db.set_waiting(run, resolution.pending, relations)
-    changes = db.apply(run, resolution.facts, resolution.conflicts, relations)
-    counts |= {
-        "changes": len(changes),
+    changes, decided = _decide(db, policy, run)
+    return Intake(changes, counts | decided, reasons)
+
+
+def _decide(db: Writer, policy: Policy, run: int) -> tuple[list[Change], dict[str, int]]:
+    """Decide the keys that may have changed; the changes (of the obvious ones only the first LISTED), and counts."""
+    relations, undecided = tuple(policy.wording()), db.narrow(run, policy)
+    added = db.begun(run, LISTED) if undecided.accepted else []
+    keys = undecided.keys if undecided.keys is None else _with_rivals(db, policy, undecided.keys)
+    claims, facts = db.claims(tuple(policy.relations), keys), db.facts(relations, keys=keys)
+    resolution = resolve(claims, facts, policy, db.decision_context(policy, keys))
+    db.set_waiting(run, resolution.pending, relations, keys)
+    changes = db.apply(run, resolution.facts, resolution.conflicts, relations, keys)
+    db.note_decided(run, policy)
+    counts = {
+        "changes": len(changes) + undecided.accepted,
         "conflicts": len(resolution.conflicts),
         "pending": len(resolution.pending),
     }
-    return Intake(changes, counts, reasons)
+    return sorted([*added, *changes], key=lambda change: change.key), counts
+
+
+def _with_rivals(db: Writer, policy: Policy, keys: Collection[FactKey]) -> frozenset[FactKey]:
+    """The keys, and all whose facts have a prompt that one of them may come to: they are decided together (Eqn 5)."""
+    found: frozenset[FactKey] = frozenset()
+    reached = frozenset(keys)
+    while new := reached - found:
+        found = reached
+        claims = db.claims(tuple(policy.relations), new)
+        facts = db.facts(functional(policy), keys=new)
+        reached = found | db.keys_written(policy, prompts_of(policy, claims, facts.values()))
+    return found

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, bindparam, select, update
 from kbsync.facts import Change, Conflict, Fact, FactKey
 from kbsync.ledger import schema
 from kbsync.ledger.codec import claims_from_json, claims_to_json, same_claims
-from kbsync.ledger.database import bulk_insert
+from kbsync.ledger.database import bulk_insert, pages
 from kbsync.ledger.entities import follow_fact, follow_key, redirects_in
 from kbsync.ledger.read_facts import FACT, change_kind, fact_of
 
@@ -30,6 +30,8 @@ class Decision:
     relations: Collection[str]
     facts: Mapping[FactKey, Fact]
     conflicts: Sequence[Conflict]
+    keys: Collection[FactKey] | None = None
+    """The keys that were decided; None: all of the relations."""
 
 
 def accept(connection: Connection, decision: Decision) -> tuple[list[Change], Counter[str]]:
@@ -57,7 +59,7 @@ def _accept_facts(connection: Connection, decision: Decision) -> tuple[list[Chan
     query = select(table.c.id, *(table.c[name] for name in FACT)).where(
         table.c.relation.in_(decision.relations), table.c.until.is_(None)
     )
-    rows = connection.execute(query).all()
+    rows = [row for page in pages(table, decision.keys) for row in connection.execute(query.where(*page))]
     own = {FactKey(row[1], row[2]) for row in rows} if moved else set()
     for row in rows:
         said = FactKey(row[1], row[2])
@@ -128,6 +130,8 @@ def _accept_conflicts(connection: Connection, decision: Decision) -> dict[str, i
     closing: list[int] = []
     for row in connection.execute(query).all():
         place = (FactKey(row.relation, row.subject_id), row.kind)
+        if decision.keys is not None and place[0] not in decision.keys:
+            continue
         conflict = opening.get(place)
         if conflict is None or not same_claims(conflict.claims, claims_from_json(row.claims)):
             closing.append(row.id)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Engine,
     Executable,
@@ -28,6 +29,7 @@ from sqlalchemy import (
     make_url,
     select,
     text,
+    tuple_,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
@@ -35,6 +37,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, Statemen
 from sqlalchemy.schema import CreateTable, DropTable
 
 from kbsync.errors import Busy, KbsyncError, LedgerError, UsageError
+from kbsync.facts import FactKey
 
 __all__ = [
     "BATCH",
@@ -43,6 +46,7 @@ __all__ = [
     "analyze",
     "append_only",
     "application_id",
+    "batches",
     "bulk_insert",
     "database_file",
     "engine_for",
@@ -53,6 +57,7 @@ __all__ = [
     "journal_mode",
     "led",
     "mark_as_ledger",
+    "pages",
     "parsed",
     "place_of",
     "reading",
@@ -71,6 +76,9 @@ BUSY_TIMEOUT = 5000
 
 CONNECT_TIMEOUT = 10
 """Seconds that a server may take to answer."""
+
+KEYS_AT_ONCE = 400
+"""Keys in one query: two bind variables each, and old builds of SQLite take 999."""
 
 BATCH = 10_000
 """Rows per executemany: large enough for the rate to be flat, small enough not to hold a feed twice in memory."""
@@ -247,6 +255,21 @@ def _copy_batch(connection: Connection, target: str, batch: list[tuple[Any, ...]
                 copy.write_row(row)
     except driver.Error as error:
         raise DBAPIError.instance(statement, None, error, driver.Error, dialect=connection.dialect) from error
+
+
+def batches(values: Iterable[str], size: int = 800) -> Iterator[list[str]]:
+    """Sorted values in lists that one query can take: old builds of SQLite allow 999 parameters."""
+    listed = sorted(values)
+    return (listed[start : start + size] for start in range(0, len(listed), size))
+
+
+def pages(table: Any, keys: Collection[FactKey] | None) -> list[list[ColumnElement[bool]]]:
+    """WHERE clauses that together cover the keys; one without a condition for all keys."""
+    if keys is None:
+        return [[]]
+    listed = sorted(keys)
+    pairs = tuple_(table.c.relation, table.c.subject_id)
+    return [[pairs.in_(listed[start : start + KEYS_AT_ONCE])] for start in range(0, len(listed), KEYS_AT_ONCE)]
 
 
 class Session:

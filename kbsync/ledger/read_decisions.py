@@ -6,17 +6,15 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, or_, select, tuple_
+from sqlalchemy import or_, select
 
 from kbsync.facts import Claim, FactKey, Ruling, Waiting
 from kbsync.ledger import schema
+from kbsync.ledger.database import pages
 from kbsync.ledger.read_sources import SourceReader
 from kbsync.ledger.records import PlanRow, RulingRow, VerdictRow, WaitingRow
 
 __all__ = ["DecisionReader"]
-
-_AT_ONCE = 400
-"""Keys in one query: two bind variables each, and old builds of SQLite take 999."""
 
 
 class DecisionReader(SourceReader):
@@ -64,7 +62,7 @@ class DecisionReader(SourceReader):
             table.c.relation.in_(relations), table.c.until > since
         )
         found: dict[FactKey, set[str]] = {}
-        for which in _pages(table, keys):
+        for which in pages(table, keys):
             for relation, subject, object_ in self._connection.execute(query.where(*which)):
                 found.setdefault(FactKey(relation, subject), set()).add(object_)
         return {key: frozenset(objects) for key, objects in found.items()}
@@ -83,15 +81,6 @@ class DecisionReader(SourceReader):
         if run_id is not None:
             query = query.where(table.c.run_id == run_id)
         return [PlanRow(*row) for row in self._connection.execute(query)]
-
-
-def _pages(table: Any, keys: Collection[FactKey] | None) -> list[list[ColumnElement[bool]]]:
-    """WHERE clauses that together cover the keys; one without a condition for all keys."""
-    if keys is None:
-        return [[]]
-    listed = sorted(keys)
-    pairs = tuple_(table.c.relation, table.c.subject_id)
-    return [[pairs.in_(listed[start : start + _AT_ONCE])] for start in range(0, len(listed), _AT_ONCE)]
 
 
 def _waiting_row(row: Sequence[Any]) -> WaitingRow:

@@ -13,7 +13,7 @@ from kbsync.errors import UsageError
 from kbsync.facts import Change, ChangeKind, Conflict, Entity, Fact, FactKey
 from kbsync.ledger import schema
 from kbsync.ledger.codec import claims_from_json
-from kbsync.ledger.database import Session
+from kbsync.ledger.database import Session, pages
 from kbsync.ledger.entities import follow_fact, follow_key, redirects_in
 from kbsync.ledger.read_sources import PROVENANCE, provenance_of
 from kbsync.ledger.records import ConflictRow, FactRow
@@ -92,11 +92,19 @@ class FactFilter:
 class FactReader(Session):
     """Questions about facts."""
 
-    def facts(self, relations: Collection[str] | None = None, *, as_of: datetime | None = None) -> dict[FactKey, Fact]:
+    def facts(
+        self,
+        relations: Collection[str] | None = None,
+        *,
+        as_of: datetime | None = None,
+        keys: Collection[FactKey] | None = None,
+    ) -> dict[FactKey, Fact]:
         """The live facts, withdrawn ones that are kept included, by the ids of now; or those that kbsync held true at
-        `as_of`, by the ids of then. Of two facts that have become one by a merge, that of the new id counts."""
+        `as_of`, by the ids of then. Of two facts that have become one by a merge, that of the new id counts. `keys`:
+        only those written under these keys."""
         query = select(*_columns(schema.fact)).where(*_valid(relations, as_of))
-        found = {FactKey(row[0], row[1]): fact_of(row) for row in self._connection.execute(query)}
+        rows = (row for page in pages(schema.fact, keys) for row in self._connection.execute(query.where(*page)))
+        found = {FactKey(row[0], row[1]): fact_of(row) for row in rows}
         moved = redirects_in(self._connection) if as_of is None else {}
         if not moved:
             return found

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 
-from kbsync.facts import Claim, Entity, Provenance, QuarantinedRow
+from kbsync.facts import Claim, Entity, FactKey, Provenance, QuarantinedRow
 from kbsync.ledger import schema
-from kbsync.ledger.database import Session
+from kbsync.ledger.database import Session, pages
 from kbsync.ledger.entities import follow_claim, redirects_in
 from kbsync.ledger.records import QuarantineRow, ScheduleState, SourceState
 
@@ -55,9 +55,12 @@ def provenance_of(values: tuple[Any, ...]) -> Provenance | None:
 class SourceReader(Session):
     """Questions about sources."""
 
-    def claims(self, relations: Collection[str]) -> list[Claim]:
-        """The live claims of these relations, of every source, by the ids of now, oldest first."""
-        return self._claims(schema.claim.c.relation.in_(relations))
+    def claims(self, relations: Collection[str], keys: Collection[FactKey] | None = None) -> list[Claim]:
+        """The live claims of these relations, of every source, by the ids of now, oldest first; `keys`: only
+        those that were said about these keys."""
+        of_these = schema.claim.c.relation.in_(relations)
+        found = [one for page in pages(schema.claim, keys) for one in self._claims(and_(of_these, *page))]
+        return found if keys is None else sorted(found, key=lambda claim: claim.id or 0)
 
     def claims_of(self, source: str) -> list[Claim]:
         """The live claims of one source, by the ids of now, oldest first."""

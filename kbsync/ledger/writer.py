@@ -10,13 +10,16 @@ from sqlalchemy import Connection, delete, insert, update
 
 from kbsync.errors import UsageError
 from kbsync.facts import Change, Conflict, Fact, FactKey, Snapshot
-from kbsync.ledger import merge, schema
+from kbsync.ledger import merge, schema, scope
 from kbsync.ledger.accept import Decision, accept
 from kbsync.ledger.codec import snapshot_to_text
 from kbsync.ledger.database import insert_row, upsert
+from kbsync.ledger.read_facts import fact_of
 from kbsync.ledger.reader import Reader
 from kbsync.ledger.records import RecordCounts, RunStatus, ScheduleState, SourceState
+from kbsync.ledger.scope import Undecided
 from kbsync.ledger.write_entities import EntityWriter
+from kbsync.policy import Policy
 
 __all__ = ["Writer"]
 
@@ -78,16 +81,39 @@ class Writer(Reader, EntityWriter):
         facts: Mapping[FactKey, Fact],
         conflicts: Sequence[Conflict],
         relations: Collection[str],
+        keys: Collection[FactKey] | None = None,
     ) -> list[Change]:
         """Make the live facts of `relations` exactly `facts` and their open conflicts `conflicts`; the changes, by key.
+        `keys`: only those of these keys, which were decided anew.
 
         A fact that only moved within its source stays as it was accepted. Raises ValueError where a key is of another
         relation.
         """
-        changes, written = accept(self._connection, Decision(run_id, self.now, relations, facts, conflicts))
+        changes, written = accept(self._connection, Decision(run_id, self.now, relations, facts, conflicts, keys))
         if written:
             self.audit(self.run(run_id).user, "accept", dict(written), run_id=run_id)
         return changes
+
+    def narrow(self, run_id: int, policy: Policy) -> Undecided:
+        """Accept what is obvious of the policy's facts, and find the keys that are left to be decided."""
+        restless = self.restless_keys(tuple(policy.relations))
+        undecided = scope.narrow(self._connection, policy, run_id, self.now, restless)
+        if undecided.accepted:
+            self.audit(self.run(run_id).user, "accept", {"added": undecided.accepted}, run_id=run_id)
+        return undecided
+
+    def keys_written(self, policy: Policy, prompts: Collection[str]) -> set[FactKey]:
+        """The keys whose facts have one of these prompts."""
+        return scope.keys_written(self._connection, policy, prompts)
+
+    def begun(self, run_id: int, limit: int) -> list[Change]:
+        """The first facts that the run began in this transaction where there was none, as changes."""
+        rows = scope.begun(self._connection, run_id, self.now, limit)
+        return [Change(fact.key, "added", None, fact, self.now, run_id) for fact in map(fact_of, rows)]
+
+    def note_decided(self, run_id: int, policy: Policy) -> None:
+        """Every key of the policy is decided as of now: the next pass looks at what changes from here on."""
+        scope.note_decided(self._connection, policy, run_id, self.now)
 
     def stage(
         self,

@@ -1,0 +1,159 @@
+"""Which keys a pass has to decide again. All others stay as they are: their claims, their policy and what they were
+weighed with are the same, and `resolve` on the same gives the same.
+
+    touched by a fetch since the last decision ─┐
+    in conflict, waiting, ruled on              ├─▶ dirty ──obvious──▶ accepted by SQL
+    with claims that may only now count         ┘         └──▶ undecided: for `resolve`, with whom their prompts meet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Column, Connection, MetaData, Row, Table, Text, and_, func, or_, select, true, union
+
+import kbsync
+from kbsync.facts import Claim, Fact, FactKey, digest_of
+from kbsync.ledger import schema
+from kbsync.ledger.database import analyze, batches, bulk_insert, insert_new, temporary, upsert
+from kbsync.ledger.obvious import accept_obvious, functional, said_by
+from kbsync.ledger.read_facts import FACT
+from kbsync.policy import SUBJECT, Policy
+
+__all__ = ["Undecided", "begun", "keys_written", "narrow", "note_decided", "prompts_of"]
+
+_dirty = Table(
+    "dirty",
+    MetaData(),
+    Column("relation", Text, primary_key=True),
+    Column("subject_id", Text, primary_key=True),
+    prefixes=["TEMPORARY"],
+)
+_claim, _fact, _fetch, _state = schema.claim, schema.fact, schema.fetch, schema.policy_state
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """The keys that are left to `resolve` (None: every key of the policy), after `accepted` facts that were obvious."""
+
+    keys: frozenset[FactKey] | None
+    accepted: int = 0
+
+
+def narrow(
+    connection: Connection, policy: Policy, run_id: int, now: datetime, restless: Collection[FactKey]
+) -> Undecided:
+    """Accept what is obvious, and find what is left. `restless`: keys that every pass decides again.
+
+    Every key is left where the policy is not the one of the last decision, and where deciding one key may depend on
+    many others: inverse relations, merged ids.
+    """
+    state = connection.execute(select(_state).where(_state.c.policy == policy.policy)).one_or_none()
+    tangled = any(relation.inverse for relation in policy.relations.values())
+    if tangled or _merged(connection):
+        return Undecided(None)
+    if state is None or state.digest != _digest(connection, policy):
+        known = select(_fact.c.id).where(_fact.c.relation.in_(tuple(policy.wording())))
+        if connection.execute(known.limit(1)).first():
+            return Undecided(None)
+        accepted = accept_obvious(connection, policy, run_id, now, None)
+        return Undecided(_without_fact(connection, policy), accepted)
+    with temporary(connection, _dirty):
+        bulk_insert(connection, _dirty, ("relation", "subject_id"), sorted(restless))
+        insert_new(connection, _dirty, ["relation", "subject_id"], _touched(policy, state))
+        analyze(connection, _dirty)
+        accepted = accept_obvious(connection, policy, run_id, now, _dirty)
+        mine = and_(_fact.c.relation == _dirty.c.relation, _fact.c.subject_id == _dirty.c.subject_id)
+        done = select(_fact.c.id).where(mine, _fact.c.since == now).correlate(_dirty).exists()
+        return Undecided(_keys(connection.execute(select(_dirty).where(~done))), accepted)
+
+
+def note_decided(connection: Connection, policy: Policy, run_id: int, now: datetime) -> None:
+    """From here on, only what changes is decided again."""
+    row = {"policy": policy.policy, "digest": _digest(connection, policy), "run_id": run_id, "at": now}
+    upsert(connection, _state, [row])
+
+
+def begun(connection: Connection, run_id: int, now: datetime, limit: int) -> list[Row[Any]]:
+    """The columns of the first facts that a run began at a time, by key."""
+    query = select(*(_fact.c[name] for name in FACT)).where(_fact.c.since == now, _fact.c.since_run == run_id)
+    return list(connection.execute(query.order_by(_fact.c.relation, _fact.c.subject_id).limit(limit)))
+
+
+def prompts_of(policy: Policy, claims: Iterable[Claim], facts: Iterable[Fact]) -> set[str]:
+    """Every prompt that some keys may come to, and those that their facts have."""
+    found = set()
+    for claim in claims:
+        words = policy.relations[claim.relation]
+        label = words.subject_label(claim.subject.label, dict(claim.qualifiers))
+        found.add(words.prompt.replace(SUBJECT, label))
+    return found | {policy.relations[fact.relation].prompt.replace(SUBJECT, fact.subject.label) for fact in facts}
+
+
+def keys_written(connection: Connection, policy: Policy, prompts: Collection[str]) -> set[FactKey]:
+    """The keys whose facts have one of these prompts."""
+    found: set[FactKey] = set()
+    for name in functional(policy):
+        start, _, end = policy.relations[name].prompt.partition(SUBJECT)
+        least = len(start) + len(end)
+        labels = {
+            prompt[len(start) : len(prompt) - len(end)]
+            for prompt in prompts
+            if len(prompt) > least and prompt.startswith(start) and prompt.endswith(end)
+        }
+        for page in batches(labels):
+            query = select(_fact.c.relation, _fact.c.subject_id).where(
+                _fact.c.subject_label.in_(page), _fact.c.until.is_(None)
+            )
+            found |= {key for key in _keys(connection.execute(query)) if key.relation == name}
+    return found
+
+
+def _merged(connection: Connection) -> bool:
+    """Whether any id has been merged into another one."""
+    return connection.execute(select(schema.redirect.c.old_id).limit(1)).first() is not None
+
+
+def _digest(connection: Connection, policy: Policy) -> str:
+    """What decisions depend on beside claims: these keys of the policy, this kbsync, whether ids are merged."""
+    decisive = policy.model_dump(mode="json", include={"sources", "precedence", "relations", "confirm"})
+    return digest_of([kbsync.__version__, decisive, _merged(connection)])
+
+
+def _touched(policy: Policy, state: Row[Any]) -> Any:
+    """Keys whose claims began or ended since the last decision, that are in conflict, or whose claims may only now
+    count."""
+    fetches = select(_fetch.c.id).where(_fetch.c.source.in_(policy.sources), _fetch.c.recorded_at > state.at)
+    ours = _claim.c.relation.in_(functional(policy))
+    key = (_claim.c.relation, _claim.c.subject_id)
+    conflict = schema.conflict
+    in_conflict = (conflict.c.relation.in_(functional(policy)), conflict.c.closed_at.is_(None))
+    parts = [
+        select(*key).where(_claim.c.since_fetch.in_(fetches), ours),
+        select(*key).where(_claim.c.until_fetch.in_(fetches), ours),
+        select(conflict.c.relation, conflict.c.subject_id).where(*in_conflict),
+    ]
+    confirm = policy.confirm
+    if confirm.fetches > 1 or confirm.hours:
+        newest = select(func.max(_fetch.c.number)).where(_fetch.c.source == _claim.c.source).scalar_subquery()
+        seen = func.coalesce(_claim.c.seen_to, newest) - _claim.c.seen_from + 1
+        since = select(_fetch.c.recorded_at).where(_fetch.c.id == _claim.c.since_fetch).scalar_subquery()
+        young = or_(seen <= confirm.fetches, since > state.at - timedelta(hours=confirm.hours))
+        parts.append(select(*key).where(*said_by(policy, None), young))
+    every = union(*parts).subquery()
+    return select(every.c.relation, every.c.subject_id).where(true())
+
+
+def _without_fact(connection: Connection, policy: Policy) -> frozenset[FactKey]:
+    """Keys that are claimed and have no fact."""
+    mine = and_(_fact.c.relation == _claim.c.relation, _fact.c.subject_id == _claim.c.subject_id)
+    fact = select(_fact.c.id).where(mine, _fact.c.until.is_(None)).correlate(_claim).exists()
+    query = select(_claim.c.relation, _claim.c.subject_id).where(*said_by(policy, None), ~fact).distinct()
+    return _keys(connection.execute(query))
+
+
+def _keys(rows: Iterable[Any]) -> frozenset[FactKey]:
+    return frozenset(FactKey(*row) for row in rows)

@@ -1,0 +1,184 @@
+"""Taking snapshots in: what is decided again, and what is accepted without weighing, comes to what `resolve` says of
+everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kbsync.facts import Claim, Snapshot
+from kbsync.intake import take_in
+from kbsync.ledger import Ledger
+from kbsync.ledger import scope as scopes
+from kbsync.ledger.scope import Undecided
+from kbsync.ledger.writer import Writer
+from kbsync.policy import Policy
+from kbsync.weigh import ONLY_CLAIM
+from tests import ledgers
+from tests.ledgers import Clock, on_postgresql, opened
+from tests.worlds import SOURCES, claim, claims, policies, policy_of
+
+pytestmark = pytest.mark.usefixtures("database")
+
+
+class _Whole(Writer):
+    """A Writer that leaves every key to `resolve`."""
+
+    def narrow(self, run_id: int, policy: Policy) -> Undecided:  # noqa: ARG002
+        """All of them."""
+        return Undecided(None)
+
+
+def take(ledger: Ledger, policy: Policy, *snapshots: Snapshot, whole: bool = False) -> None:
+    """One pass over the snapshots, as a run of its own."""
+    with ledger.write() as db:
+        if whole:
+            db.__class__ = _Whole
+        take_in(db, policy, db.start_run(policy.policy, model=None, trigger="sync", user="me"), snapshots)
+
+
+def said(source: str, *those: Claim, **more: Any) -> Snapshot:
+    """What a source said of `place`."""
+    return ledgers.snapshot(*those, source=source, relation="place", **more)
+
+
+def contents(ledger: Ledger, policy: Policy) -> tuple[Any, ...]:
+    """All that was decided, and when, in an order of its own: every fact that there ever was, conflicts, waits."""
+    with ledger.read() as db:
+        subjects = {one.subject.id for one in db.claims(list(policy.relations))} | {key[1] for key in db.facts()}
+        history = sorted({repr(row) for subject in subjects for row in db.history(subject)})
+        conflicts = sorted(repr((row.conflict, row.opened_at, row.closed_at)) for row in db.conflicts(open_only=False))
+        waits = sorted(repr((row.waiting, row.since, row.until)) for row in db.waiting(open_only=False))
+        return db.facts(), history, conflicts, waits
+
+
+_KINDS = st.sampled_from(["complete", "partial", "same"])
+_FETCHES = st.tuples(st.sampled_from(SOURCES), st.lists(claims(), max_size=5), _KINDS)
+_PASSES = st.lists(
+    st.tuples(
+        st.integers(0, 1),  # which of two policies
+        st.lists(
+            st.tuples(
+                st.sampled_from(SOURCES),
+                st.lists(claims(), max_size=5),
+                st.sampled_from(["complete", "partial", "same"]),
+            ),
+            min_size=1,
+            max_size=2,
+            unique_by=lambda one: one[0],
+        ),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def test_what_may_have_changed_is_all_that_needs_deciding(tmp_path: Path) -> None:
+    """For any policies and any passes over three sources, with labels that collide, conflicts, inverse relations,
+    confirmation, both ways to retract, and a policy that changes on the way, the ledger is the same, to the moment, as
+    one in which every pass resolved everything."""
+    names = count()
+
+    @settings(max_examples=4 if on_postgresql() else 40, deadline=None)
+    @given(policies(), policies(), _PASSES)
+    def check(first: Policy, second: Policy, passes: Sequence[tuple[int, Any]]) -> None:
+        folder = tmp_path / str(next(names))
+        (folder / "narrow").mkdir(parents=True)
+        (folder / "whole").mkdir()
+        clock = Clock()
+        with opened(folder / "narrow", clock) as narrow, opened(folder / "whole", clock) as whole:
+            for which, fetched in passes:
+                clock.turn(hours=1)
+                policy = (first, second)[which]
+                snapshots = list(_snapshots(narrow, fetched))
+                take(narrow, policy, *snapshots)
+                take(whole, policy, *snapshots, whole=True)
+                assert contents(narrow, policy) == contents(whole, policy)
+
+    check()
+
+
+def _snapshots(ledger: Ledger, fetched: Iterable[tuple[str, list[Claim], str]]) -> Iterable[Snapshot]:
+    for source, those, kind in fetched:
+        if kind != "same":
+            yield said(source, *(replace(one, source=source) for one in those), complete=kind == "complete")
+            continue
+        with ledger.read() as db:
+            known = db.last_accepted(source) is not None
+        if known:
+            yield said(source, not_modified=True)
+
+
+def undecided(ledger: Ledger, policy: Policy, *snapshots: Snapshot) -> Undecided:
+    """What would be left to `resolve` once the snapshots are recorded."""
+    with ledger.write() as db:
+        run = db.start_run(policy.policy, model=None, trigger="sync", user="me")
+        for one in snapshots:
+            db.record(run, one)
+        found = db.narrow(run, policy)
+        db.rollback()
+        return found
+
+
+CROWD = [claim(f"Ann{number}", "Rome", origin=f"line {number}") for number in range(20)]
+
+
+def test_a_first_load_leaves_only_what_must_be_weighed(tmp_path: Path) -> None:
+    """One claim and a label of its own: accepted as it is. Two objects, one label for two subjects: for `resolve`."""
+    policy = policy_of()
+    namesake = replace(claim("Ann77", "Oslo"), subject=replace(CROWD[0].subject, id="s:Ann77"))
+    with opened(tmp_path) as ledger:
+        found = undecided(ledger, policy, said("alpha", *CROWD, claim("Ann1", "Oslo"), namesake))
+        assert found.accepted == 18
+        assert found.keys == {CROWD[0].key, CROWD[1].key, namesake.key}
+        take(ledger, policy, said("alpha", *CROWD))
+        with ledger.read() as db:
+            facts = db.facts()
+            by_id = {one.id: one for one in db.claims(["place"])}
+    assert [fact.rule for fact in facts.values()] == [ONLY_CLAIM] * 20
+    assert all(by_id[fact.claim or 0].subject == fact.subject for fact in facts.values())
+
+
+def test_a_pass_decides_what_changed_and_who_is_written_alike(tmp_path: Path) -> None:
+    """Nothing where nothing changed; a changed key and the one whose prompt it comes to; all for another policy."""
+    policy = policy_of()
+    with opened(tmp_path) as ledger:
+        take(ledger, policy, said("alpha", *CROWD))
+        assert undecided(ledger, policy, said("alpha", *CROWD)) == Undecided(frozenset())
+        renamed = replace(CROWD[0], subject=replace(CROWD[0].subject, label="Ann7"))
+        after = said("alpha", renamed, *CROWD[1:])
+        assert undecided(ledger, policy, after).keys == {CROWD[0].key}
+        other = policy_of(relation={"retract": "revert"})
+        assert undecided(ledger, other, said("alpha", *CROWD)).keys is None
+        moved = replace(renamed, object=claim("Ann0", "Oslo").object)
+        take(ledger, policy, said("alpha", moved, *CROWD[1:]))
+        with ledger.read() as db:
+            assert [row.conflict.kind for row in db.conflicts()] == ["prompt", "prompt"]
+            assert db.facts()[CROWD[7].key].object.label == "Rome"
+
+
+def test_a_change_that_nobody_decided_is_not_forgotten(tmp_path: Path) -> None:
+    """A fetch that was recorded without a decision counts for the next one."""
+    policy = policy_of()
+    with opened(tmp_path) as ledger:
+        take(ledger, policy, said("alpha", *CROWD))
+        with ledger.write() as db:
+            run = db.start_run("p", model=None, trigger="sync", user="me")
+            db.record(run, said("alpha", claim("Ann0", "Oslo"), *CROWD[1:]))
+        found = undecided(ledger, policy, said("alpha", claim("Ann0", "Oslo"), *CROWD[1:]))
+        assert found.keys == {CROWD[0].key}
+
+
+def test_another_kbsync_decides_everything_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rules may be others."""
+    with opened(tmp_path) as ledger:
+        take(ledger, policy_of(), said("alpha", *CROWD))
+        monkeypatch.setattr(scopes.kbsync, "__version__", "99")
+        assert undecided(ledger, policy_of(), said("alpha", *CROWD)).keys is None
