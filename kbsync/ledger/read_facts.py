@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 
 from kbsync.errors import UsageError
 from kbsync.facts import Change, ChangeKind, Conflict, Entity, Fact, FactKey
@@ -148,8 +148,7 @@ class FactReader(Session):
             .where(*known, *wanted.about(claim), claim.c.rank != "deprecated")
             .order_by(claim.c.relation, claim.c.subject_label, claim.c.id)
         )
-        rows = self._connection.execute(query, execution_options={"yield_per": STREAMED})
-        return (_claim_row(row) for row in rows if _covers(row.valid_from, row.valid_to, at))
+        return (_claim_row(row) for row in self._streamed(query) if _covers(row.valid_from, row.valid_to, at))
 
     def fact_row(self, relation: str, subjects: Collection[str]) -> FactRow | None:
         """The live fact of a key, by any of the ids of its subject; None where there is none."""
@@ -161,8 +160,10 @@ class FactReader(Session):
         """Every fact that there ever was about a subject, by relation, oldest first. `subject` is its id or any label
         that it has had."""
         table = schema.fact
-        ids = select(table.c.subject_id).where(table.c.subject_label == subject)
-        which: list[ColumnElement[bool]] = [or_(table.c.subject_id == subject, table.c.subject_id.in_(ids))]
+        labelled = select(table.c.subject_id).where(table.c.subject_label == subject).distinct()
+        # Two questions: PostgreSQL would read all facts for one that has the other as a subquery beside OR.
+        ids = {subject, *self._connection.scalars(labelled)}
+        which: list[ColumnElement[bool]] = [table.c.subject_id.in_(ids)]
         if relation is not None:
             which.append(table.c.relation == relation)
         return list(self._rows(*which, order=(table.c.relation, table.c.subject_id, table.c.since)))
@@ -188,8 +189,15 @@ class FactReader(Session):
             .order_by(*(order or (table.c.relation, table.c.subject_label, table.c.id)))
             .limit(limit)
         )
-        streamed = {"yield_per": STREAMED}
-        return map(_fact_row, self._connection.execute(query, execution_options=streamed))
+        return map(_fact_row, self._streamed(query))
+
+    def _streamed(self, query: Select[Any]) -> Iterator[Any]:
+        """The rows of a long answer. Closed at the end, also where nobody reads to the end: it is a server's cursor."""
+        result = self._connection.execute(query, execution_options={"yield_per": STREAMED})
+        try:
+            yield from result
+        finally:
+            result.close()
 
     def changes(
         self,
