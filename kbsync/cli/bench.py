@@ -226,6 +226,39 @@ def mix(
     _show(document("mix", lab, dataset, facts=facts) | found.to_json(), mix_table, draw_mix, plot, as_json)
 
 
+@bench_app.command()
+def ledger(
+    rows: Annotated[int, typer.Option(min=100, help="Rows of the feed.")] = 100_000,
+    scale: Annotated[bool, typer.Option("--scaling", help="Also with a tenth and a hundredth of the rows.")] = False,
+    url: Annotated[str | None, typer.Option(help="An empty database instead of a SQLite file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the ledger costs: a feed loaded, unchanged, changed, shortened, and questions, beside plain tables."""
+    from tempfile import TemporaryDirectory
+
+    from kbsync.bench.ledger import measure
+
+    if scale and url:
+        raise UsageError("--scaling needs a new database for each size", hint="leave out --url")
+    counts = [count for count in (rows // 100, rows // 10, rows) if scale or count == rows]
+    found = []
+    with bars() as progress:
+        for count in counts:
+            with TemporaryDirectory() as folder:
+                found.append(measure(count, Path(folder), url=url, progress=progress))
+    if as_json:
+        return emit({"bench": "ledger", "sizes": found})
+    for one in found:
+        shown = ("phase", "seconds", "rows_per_second", "peak_mb", "skipped")
+        lines = [[_cell(phase.get(name, "")) for name in shown] for phase in one["phases"]]
+        table(f"{one['rows']} rows, {one['database']}", ("phase", "seconds", "rows/s", "peak MB", ""), lines)
+    return None
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 PAIRS = 3
 """Pairs of relations that `mix` takes by itself."""
 

@@ -35,7 +35,8 @@ def accept_obvious(connection: Connection, policy: Policy, run_id: int, now: dat
     if not _one_claim_decides(policy):
         return 0
     with temporary(connection, _lone):
-        insert_from(connection, _lone, ["claim_id"], _alone(policy, dirty))
+        if not insert_from(connection, _lone, ["claim_id"], _alone(policy, dirty)):
+            return 0
         analyze(connection, _lone)
         values = {
             **{name: _claim.c[name] for name in _COPIED},
