@@ -138,7 +138,7 @@ def _sqlite_utils(folder: Path, _: str, rows: int) -> Result:
     names = ("hip", "name", "constellation")
     start = time.perf_counter()
     database = sqlite_utils.Database(folder / "utils.db")
-    database["star"].upsert_all((dict(zip(names, row, strict=True)) for row in _feed(rows)), pk="hip")
+    database.table("star").upsert_all((dict(zip(names, row, strict=True)) for row in _feed(rows)), pk="hip")
     database.close()
     return _rate(time.perf_counter() - start, rows)
 

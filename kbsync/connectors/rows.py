@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kbsync.connectors.text import clean, clean_date, clean_label, label_key, printable
+from kbsync.connectors.text import clean, clean_date, clean_label, label_key, printable, same_label
 from kbsync.facts import Alias, Entry, Provenance, QuarantinedRow, Said, Snapshot
 from kbsync.policy import Source
 
@@ -116,7 +116,7 @@ def _said(source: Source, row: Row, subject_id: str) -> Said:
     subject = clean_label(row.subject, "the label of the subject")
     label = clean_label(row.object, "the label of the object")
     object_id = _object_id(source, row, label)
-    if subject_id == object_id or (not row.object_id and label_key(subject) == label_key(label)):
+    if subject_id == object_id or (not row.object_id and same_label(subject, label)):
         raise ValueError(f"the object is the subject itself: {label}")
     rank = row.rank or "normal"
     if rank not in _RANKS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["MAX_LENGTH", "clean", "clean_date", "clean_label", "label_key", "printable"]
+__all__ = ["MAX_LENGTH", "clean", "clean_date", "clean_label", "label_key", "printable", "same_label"]
 
 MAX_LENGTH = 512
 """Characters of the longest value. A label is a name; anything longer is a broken row, or text meant for the model."""
@@ -41,6 +41,8 @@ def clean(value: str, what: str) -> str:
 
 def clean_label(value: str, what: str) -> str:
     """A label as `clean` gives it. Raises ValueError also for braces: in a feed they are templates left unfilled."""
+    if len(value) <= MAX_LENGTH and _PLAIN.fullmatch(value):
+        return value
     text = clean(value, what)
     if "{" in text or "}" in text:
         raise ValueError(f"{what} has braces, like a template that was never filled: {printable(text, 60)}")
@@ -58,6 +60,13 @@ def clean_date(value: str, what: str) -> str:
 def label_key(label: str) -> str:
     """How a label is compared where labels are the identity (`match: label`): NFC, without case."""
     return unicodedata.normalize("NFC", label.casefold())
+
+
+def same_label(one: str, other: str) -> bool:
+    """Whether two labels have one `label_key`."""
+    if len(one) != len(other) and one.isascii() and other.isascii():
+        return False
+    return label_key(one) == label_key(other)
 
 
 def printable(value: object, limit: int = MAX_LENGTH) -> str:
