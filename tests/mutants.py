@@ -42,7 +42,9 @@ TURNED: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Is: (ast.IsNot,),
     ast.IsNot: (ast.Is,),
 }
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    "weigh: len(confirmed) < len(said) -> len(confirmed) <= len(said)": "where all is confirmed both verdicts are one",
+}
 """Mutants that nothing can tell from the original, by module and changed line, with the reason."""
 
 
@@ -178,17 +180,22 @@ def main(arguments: list[str]) -> int:
     if numbers := {int(text) for text in arguments[1:]}:
         chosen = [one for one in chosen if one.number in numbers]
     start = time.monotonic()
+    survivors = excused = 0
     with ThreadPoolExecutor(2) as pool:
-        alive = [mutant for mutant, lives in zip(chosen, pool.map(judged, chosen), strict=True) if lives]
-    for mutant in alive:
-        sys.stdout.write(f"{mutant.module}.py:{mutant.line} #{mutant.number}: {mutant.before}  ->  {mutant.after}\n")
-        sys.stdout.write(f"    {EQUIVALENT.get(mutant.name, 'SURVIVES')}\n")
-    excused = sum(mutant.name in EQUIVALENT for mutant in alive)
+        for mutant, lives in zip(chosen, pool.map(judged, chosen), strict=True):
+            if lives:
+                survivors += 1
+                excused += mutant.name in EQUIVALENT
+                _say(f"{mutant.module}.py:{mutant.line} #{mutant.number}: {mutant.before}  ->  {mutant.after}")
+                _say(f"    {EQUIVALENT.get(mutant.name, 'SURVIVES')}")
     seconds = time.monotonic() - start
-    sys.stdout.write(
-        f"{len(chosen)} mutants, {len(chosen) - len(alive)} killed, {excused} equivalent, {seconds:.0f} s\n"
-    )
-    return 0 if excused == len(alive) else 1
+    _say(f"{len(chosen)} mutants, {len(chosen) - survivors} killed, {excused} equivalent, {seconds:.0f} s")
+    return 0 if excused == survivors else 1
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
