@@ -122,7 +122,8 @@ def _said(source: Source, row: Row, subject_id: str) -> Said:
     if rank not in _RANKS:
         raise ValueError(f"the rank is {printable(rank, 60)}, not one of {', '.join(_RANKS)}")
     start = clean_date(row.start, "the start") if row.start else None
-    return subject_id, subject, object_id, label, rank, start, _end(row.end), _qualifiers(row), row.origin
+    qualifiers = _qualifiers(row) if row.qualifiers else ()
+    return subject_id, subject, object_id, label, rank, start, _end(row.end), qualifiers, row.origin
 
 
 def _qualifiers(row: Row) -> tuple[tuple[str, str], ...]:
