@@ -54,6 +54,11 @@ class Catalog:
             raise UsageError(f"no policy {name}", hint=nearest(name, self.policies))
         return self.policies[name]
 
+    @property
+    def relations(self) -> frozenset[str]:
+        """Every relation that some policy keeps, the inverse ones too."""
+        return frozenset(name for policy in self.policies.values() for name in policy.wording())
+
     def policy_of(self, relation: str) -> Policy:
         """The one policy that keeps `relation` (an inverse one, too). Raises UsageError where there is none."""
         for policy in self.policies.values():

@@ -284,6 +284,7 @@ class Reconciler:
         carrier = self._carrier(policy, line)
         with self.ledger.write() as db:
             run = run_id or db.start_run(policy.policy, model=line.model, trigger="plan", user=self.user)
+            db.abandon(run, self.catalog.relations)
             taken = take_in(db, policy, run, snapshots)
             plan = carrier.plan(db)
             report = Report(policy=policy.policy, run_id=run, changes=taken.changes, plan=plan, counts=taken.counts)

@@ -92,6 +92,21 @@ def test_a_ruling_decides_a_conflict_and_the_replay_edits_it_without_asking_the_
     assert weights(made)["Vega"] == "Rome"
 
 
+def test_a_relation_that_no_policy_keeps_leaves_no_conflict_behind(made: TestWorkspace) -> None:
+    """What nobody can decide any more is not open for ever."""
+    inverse = "    inverse: {relation: star, prompt: 'A star of {subject} is'}"
+    made.policy(inverse)
+    add_rows(made, "rigel,Rigel,Orion\n")
+    sync(made)
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        assert [row.conflict.key.relation for row in db.conflicts()] == ["star"]
+    made.policy()
+    sync(made)
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        assert db.conflicts() == []
+        assert [row.closed_run_id for row in db.conflicts(open_only=False)] == [3]
+
+
 def test_a_ruling_that_cannot_be_meant_is_refused(made: TestWorkspace) -> None:
     """An object that nobody claims, a subject without claims, a ruling that is not there."""
     add_rows(made, "vega,Vega,Rome\n")

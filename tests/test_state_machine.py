@@ -184,10 +184,34 @@ class Life(stateful.RuleBasedStateMachine):
         if not approve:
             reconciler.reject(staged[0].run_id, "no")
             return
-        try:
-            self._passed(reconciler.approve(staged[0].run_id))
-        except KbsyncError as error:
-            assert "no longer the one" in error.message or self.engine.dies  # noqa: PT017 - either may happen
+        self._attempt("approval", lambda: self._passed(reconciler.approve(staged[0].run_id)))
+
+    @stateful.precondition(lambda self: self._staged())
+    @stateful.rule(which=st.integers(0, 9), approve=st.booleans())
+    def a_row_of_a_held_run_is_judged(self, which: int, approve: bool) -> None:
+        plan = self._staged()[0]
+        rows = [*plan.plan["adds"], *plan.plan["changes"], *plan.plan["retractions"]]
+        if not rows:
+            return
+        row = rows[which % len(rows)]
+        only = [(row["subject_id"], row["relation"])]
+        if approve:
+            judge = self._reconciler().approve
+            self._attempt("approval of a row", lambda: self._passed(judge(plan.run_id, only=only)))
+        else:
+            self._attempt("rejection of a row", lambda: self._reconciler().reject(plan.run_id, only=only))
+
+    @stateful.rule(news=NEWS, moved=st.booleans())
+    def a_reviewed_plan_is_applied(self, news: News, moved: bool) -> None:
+        self._hear(news)
+        (seen,) = self._reconciler().plan()
+        if seen.document is None:
+            return
+        if moved:
+            self._hear([("alpha", "s1", ("Vega", "Draco"))])
+        (report,) = self._reconciler().sync(reviewed=[seen.document])
+        event(f"reviewed plan {report.status}")
+        self._passed(report)
 
     @stateful.precondition(lambda self: self._undecided())
     @stateful.rule(which=st.integers(0, 9))
@@ -352,7 +376,7 @@ class Life(stateful.RuleBasedStateMachine):
     def _plan(self) -> Any:
         reconciler = self._reconciler()
         with self.ledger.read() as db:
-            return reconciler._plan(db, self._policy(), reconciler.line())
+            return reconciler._carrier(self._policy(), reconciler.line()).plan(db)
 
     def _accepted(self, source: str, rows: Said) -> None:
         """The feed's claims are its good rows, and what was said before of subjects that it does not speak about."""
