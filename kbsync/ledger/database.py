@@ -29,7 +29,6 @@ from sqlalchemy import (
     make_url,
     select,
     text,
-    tuple_,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
@@ -76,9 +75,6 @@ BUSY_TIMEOUT = 5000
 
 CONNECT_TIMEOUT = 10
 """Seconds that a server may take to answer."""
-
-KEYS_AT_ONCE = 400
-"""Keys in one query: two bind variables each, and old builds of SQLite take 999."""
 
 BATCH = 10_000
 """Rows per executemany: large enough for the rate to be flat, small enough not to hold a feed twice in memory."""
@@ -267,9 +263,15 @@ def pages(table: Any, keys: Collection[FactKey] | None) -> list[list[ColumnEleme
     """WHERE clauses that together cover the keys; one without a condition for all keys."""
     if keys is None:
         return [[]]
-    listed = sorted(keys)
-    pairs = tuple_(table.c.relation, table.c.subject_id)
-    return [[pairs.in_(listed[start : start + KEYS_AT_ONCE])] for start in range(0, len(listed), KEYS_AT_ONCE)]
+    by_relation: dict[str, list[str]] = {}
+    for relation, subject in keys:
+        by_relation.setdefault(relation, []).append(subject)
+    # Relation by relation, as SQLite finds no row by an index on (relation, subject) where it is asked for pairs.
+    return [
+        [table.c.relation == relation, table.c.subject_id.in_(page)]
+        for relation, subjects in sorted(by_relation.items())
+        for page in batches(subjects)
+    ]
 
 
 class Session:
