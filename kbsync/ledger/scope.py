@@ -56,8 +56,7 @@ def narrow(
     if tangled or _merged(connection):
         return Undecided(None)
     if state is None or state.digest != _digest(connection, policy):
-        known = select(_fact.c.id).where(_fact.c.relation.in_(tuple(policy.wording())))
-        if connection.execute(known.limit(1)).first():
+        if restless or _begun_before(connection, policy):
             return Undecided(None)
         accepted = accept_obvious(connection, policy, run_id, now, None)
         return Undecided(_without_fact(connection, policy), accepted)
@@ -69,6 +68,13 @@ def narrow(
         mine = and_(_fact.c.relation == _dirty.c.relation, _fact.c.subject_id == _dirty.c.subject_id)
         done = select(_fact.c.id).where(mine, _fact.c.since == now).correlate(_dirty).exists()
         return Undecided(_keys(connection.execute(select(_dirty).where(~done))), accepted)
+
+
+def _begun_before(connection: Connection, policy: Policy) -> bool:
+    """Whether there ever was a fact of the policy's relations, or a conflict."""
+    tables = (_fact, schema.conflict)
+    found = (select(table.c.id).where(table.c.relation.in_(tuple(policy.wording()))).limit(1) for table in tables)
+    return any(connection.execute(query).first() for query in found)
 
 
 def note_decided(connection: Connection, policy: Policy, run_id: int, now: datetime) -> None:
