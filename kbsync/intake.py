@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from kbsync.facts import Change, FactKey, Snapshot
-from kbsync.ledger.obvious import functional
+from kbsync.facts import Change, Claim, Fact, FactKey, Snapshot
 from kbsync.ledger.scope import prompts_of
 from kbsync.ledger.writer import Writer
 from kbsync.plan import check_guard
@@ -55,8 +54,7 @@ def _decide(db: Writer, policy: Policy, run: int) -> tuple[list[Change], dict[st
     """Decide the keys that may have changed; the changes (of the obvious ones only the first LISTED), and counts."""
     relations, undecided = tuple(policy.wording()), db.narrow(run, policy)
     added = db.begun(run, LISTED) if undecided.accepted else []
-    keys = undecided.keys if undecided.keys is None else _with_rivals(db, policy, undecided.keys)
-    claims, facts = db.claims(tuple(policy.relations), keys), db.facts(relations, keys=keys)
+    keys, claims, facts = _weighed(db, policy, undecided.keys)
     resolution = resolve(claims, facts, policy, db.decision_context(policy, keys))
     db.set_waiting(run, resolution.pending, relations, keys)
     changes = db.apply(run, resolution.facts, resolution.conflicts, relations, keys)
@@ -69,13 +67,20 @@ def _decide(db: Writer, policy: Policy, run: int) -> tuple[list[Change], dict[st
     return sorted([*added, *changes], key=lambda change: change.key), counts
 
 
-def _with_rivals(db: Writer, policy: Policy, keys: Collection[FactKey]) -> frozenset[FactKey]:
-    """The keys, and all whose facts have a prompt that one of them may come to: they are decided together (Eqn 5)."""
-    found: frozenset[FactKey] = frozenset()
-    reached = frozenset(keys)
-    while new := reached - found:
-        found = reached
-        claims = db.claims(tuple(policy.relations), new)
-        facts = db.facts(functional(policy), keys=new)
-        reached = found | db.keys_written(policy, prompts_of(policy, claims, facts.values()))
-    return found
+def _weighed(
+    db: Writer, policy: Policy, keys: Collection[FactKey] | None
+) -> tuple[Collection[FactKey] | None, list[Claim], dict[FactKey, Fact]]:
+    """The keys, and all whose facts have a prompt that one of them may come to, as they are decided together (Eqn 5);
+    with their claims and facts."""
+    relations, written = tuple(policy.relations), tuple(policy.wording())
+    if keys is None:
+        return None, db.claims(relations), db.facts(written)
+    claims: list[Claim] = []
+    facts: dict[FactKey, Fact] = {}
+    found, new = set[FactKey](), set(keys)
+    while new:
+        found |= new
+        claims += (said := db.claims(relations, new))
+        facts |= (known := db.facts(written, keys=new))
+        new = db.keys_written(policy, prompts_of(policy, said, known.values())) - found
+    return found, claims, facts

@@ -73,6 +73,9 @@ APPLICATION_ID = 0x6B627379
 BUSY_TIMEOUT = 5000
 """Milliseconds that a writer waits for another one."""
 
+CACHE = 64 * 1024
+"""KiB of a SQLite file that a connection keeps: a pass writes all over the indexes of a large ledger."""
+
 CONNECT_TIMEOUT = 10
 """Seconds that a server may take to answer."""
 
@@ -174,6 +177,7 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
         cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT}")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute(f"PRAGMA cache_size = {-CACHE}")  # negative: KiB, not pages
         wanted = journal_mode()
         (found,) = cursor.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
         if found != wanted:
@@ -373,10 +377,9 @@ def temporary(connection: Connection, *tables: Table) -> Iterator[None]:
 
 
 def analyze(connection: Connection, *tables: Table) -> None:
-    """Tell PostgreSQL how large staging tables have become; SQLite plans by its indexes alone."""
-    if connection.dialect.name != "sqlite":
-        for table in tables:
-            connection.execute(text(f"ANALYZE {table.name}"))
+    """Tell the database how large staging tables have become: it takes them for large otherwise, or for empty."""
+    for table in tables:
+        connection.execute(text(f"ANALYZE {table.name}"))
 
 
 def append_only(connection: Connection, table: str) -> None:

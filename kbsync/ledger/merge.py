@@ -358,9 +358,10 @@ def _add(connection: Connection, fetch: _Fetch) -> int:
 
 def _drop_repeated(connection: Connection, fetch: _Fetch) -> int:
     """Of new claims that say the same, all but the first go again; looked for only where a subject and an object come
-    together twice, which an index tells."""
+    together twice, which an index tells of a first load."""
     pair = (_claim.c.subject_id, _claim.c.object_id)
-    twice = select(*pair).where(fetch.live).group_by(*pair).having(func.count() > 1)
+    among = fetch.live if fetch.number == 1 else fetch.new
+    twice = select(*pair).where(among).group_by(*pair).having(func.count() > 1)
     if connection.execute(twice.limit(1)).first() is None:
         return 0
     content = [_claim.c.relation, *(_claim.c[name] for name in _CONTENT)]

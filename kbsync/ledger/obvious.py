@@ -47,7 +47,7 @@ def accept_obvious(connection: Connection, policy: Policy, run_id: int, now: dat
             "since_run": literal(run_id),
         }
         rows = select(*values.values()).join(_lone, _lone.c.claim_id == _claim.c.id).order_by(_claim.c.id)
-        rows = rows.where(_claim.c.rank != "deprecated", *_untouched(), *_written_like_no_other(policy, dirty))
+        rows = rows.where(_claim.c.rank != "deprecated", *_written_like_no_other(policy, dirty))
         return insert_from(connection, _fact, list(values), rows)
 
 
@@ -72,9 +72,12 @@ def _may_meet(one: str, other: str) -> bool:
 
 def said_by(policy: Policy, dirty: Table | None) -> list[ColumnElement[bool]]:
     """The live claims of the policy's sources and functional relations, about the keys in `dirty`."""
-    of_policy = [_claim.c.source.in_(policy.sources), _claim.c.relation.in_(functional(policy))]
-    about = [] if dirty is None else [_same_key(dirty)]
-    return [_claim.c.until_fetch.is_(None), *of_policy, *about]
+    live, source, relation = _claim.c.until_fetch.is_(None), _claim.c.source, _claim.c.relation
+    if dirty is None:
+        return [live, source.in_(policy.sources), relation.in_(functional(policy))]
+    # `|| ''`: SQLite would look through all claims of the sources instead of those about the keys.
+    of_policy = [source.concat("").in_(policy.sources), relation.concat("").in_(functional(policy))]
+    return [live, *of_policy, _same_key(dirty)]
 
 
 def _same_key(table: Table) -> ColumnElement[bool]:
@@ -82,7 +85,7 @@ def _same_key(table: Table) -> ColumnElement[bool]:
 
 
 def _alone(policy: Policy, dirty: Table | None) -> Select[Any]:
-    query = select(func.min(_claim.c.id)).where(*said_by(policy, dirty))
+    query = select(func.min(_claim.c.id)).where(*said_by(policy, dirty), *_untouched())
     return query.group_by(_claim.c.relation, _claim.c.subject_id).having(func.count() == 1)
 
 
@@ -106,10 +109,9 @@ def _written_like_no_other(policy: Policy, dirty: Table | None) -> list[ColumnEl
     written = (_claim.c.relation, _claim.c.subject_label)
     shared = select(*written).where(*said_by(policy, dirty)).group_by(*written)
     shared = shared.having(func.count(_claim.c.subject_id.distinct()) > 1)
-    # `|| ''` keeps SQLite from looking through all facts of the relation instead of those with the label.
     taken = select(_fact.c.id).where(
         _fact.c.subject_label == _claim.c.subject_label,
-        _fact.c.relation.concat("") == _claim.c.relation,
+        _fact.c.relation == _claim.c.relation,
         _fact.c.until.is_(None),
     )
     return [tuple_(*written).not_in(shared.correlate(None)), ~taken.correlate(_claim).exists()]

@@ -138,7 +138,9 @@ class Fact(LedgerTable, table=True):
         Index("fact_of_subject", "subject_id", "relation", "since"),
         Index("fact_by_label", "subject_label"),
         Index("fact_by_since", "since"),
-        Index("fact_by_until", "until"),
+        ended_index("fact_by_until", "until"),
+        live_index("fact_live_by_label", "until", "relation", "subject_label", "id", unique=False),
+        live_index("fact_live_of_object", "until", "object_id", "relation", unique=False),
         LedgerTable.__table_args__,
     )
     id: int | None = key()

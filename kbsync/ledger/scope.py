@@ -61,8 +61,10 @@ def narrow(
         accepted = accept_obvious(connection, policy, run_id, now, None)
         return Undecided(_without_fact(connection, policy), accepted)
     with temporary(connection, _dirty):
-        bulk_insert(connection, _dirty, ("relation", "subject_id"), sorted(restless))
-        insert_new(connection, _dirty, ["relation", "subject_id"], _touched(policy, state))
+        found = bulk_insert(connection, _dirty, ("relation", "subject_id"), sorted(restless))
+        found += insert_new(connection, _dirty, ["relation", "subject_id"], _touched(policy, state))
+        if not found:
+            return Undecided(frozenset())
         analyze(connection, _dirty)
         accepted = accept_obvious(connection, policy, run_id, now, _dirty)
         mine = and_(_fact.c.relation == _dirty.c.relation, _fact.c.subject_id == _dirty.c.subject_id)
@@ -111,10 +113,8 @@ def keys_written(connection: Connection, policy: Policy, prompts: Collection[str
             if len(prompt) > least and prompt.startswith(start) and prompt.endswith(end)
         }
         for page in batches(labels):
-            query = select(_fact.c.relation, _fact.c.subject_id).where(
-                _fact.c.subject_label.in_(page), _fact.c.until.is_(None)
-            )
-            found |= {key for key in _keys(connection.execute(query)) if key.relation == name}
+            which = (_fact.c.relation == name, _fact.c.subject_label.in_(page), _fact.c.until.is_(None))
+            found |= _keys(connection.execute(select(_fact.c.relation, _fact.c.subject_id).where(*which)))
     return found
 
 
@@ -133,7 +133,8 @@ def _touched(policy: Policy, state: Row[Any]) -> Any:
     """Keys whose claims began or ended since the last decision, that are in conflict, or whose claims may only now
     count."""
     fetches = select(_fetch.c.id).where(_fetch.c.source.in_(policy.sources), _fetch.c.recorded_at > state.at)
-    ours = _claim.c.relation.in_(functional(policy))
+    # `|| ''`: SQLite would look through all claims of the relation instead of those of the fetches.
+    ours = _claim.c.relation.concat("").in_(functional(policy))
     key = (_claim.c.relation, _claim.c.subject_id)
     conflict = schema.conflict
     in_conflict = (conflict.c.relation.in_(functional(policy)), conflict.c.closed_at.is_(None))

@@ -23,9 +23,22 @@ def upgrade() -> None:
     # Written out: Alembic would copy the table, twice, to give SQLite a column with a foreign key.
     op.execute("ALTER TABLE fact ADD COLUMN claim_id INTEGER CONSTRAINT fk_fact_claim_id REFERENCES claim (id)")
     op.execute("ALTER TABLE fact ADD COLUMN rule TEXT DEFAULT '' NOT NULL")
+    _index_facts()
     _find_claims()
     _decisions()
     _entities()
+
+
+def _index_facts() -> None:
+    """Of a million facts the live ones in the order of a list, and those of one object; by their end only the ended."""
+    live, ended = sa.text("until IS NULL"), sa.text("until IS NOT NULL")
+    op.drop_index("fact_by_until", "fact")
+    op.create_index("fact_by_until", "fact", ["until"], sqlite_where=ended, postgresql_where=ended)
+    for name, columns in (
+        ("fact_live_by_label", ["relation", "subject_label", "id"]),
+        ("fact_live_of_object", ["object_id", "relation"]),
+    ):
+        op.create_index(name, "fact", columns, sqlite_where=live, postgresql_where=live)
 
 
 def _find_claims() -> None:
