@@ -153,9 +153,10 @@ class Snapshot:
     anew each time: nothing keeps a large feed in memory but its body. Rows may say the same twice.
 
     `whole`: the source and its connector speak about every subject, so that an absent one is withdrawn; see `complete`.
-    `not_modified`: the source vouched (HTTP 304) that nothing changed since the validators given; then `content` is
-    empty and means nothing. `redirects`: ids that the source has merged into others, old -> new. `covers`: of an
-    increment, which speaks about these subjects alone and vouches that no other one has changed.
+    `not_modified`: the source vouched (HTTP 304) that nothing changed since the validators given, or sent the same
+    bytes again; then `content` is empty and means nothing. `redirects`: ids that the source has merged into others,
+    old -> new. `covers`: of an increment, which speaks about these subjects alone and vouches that no other one has
+    changed.
 
     `claims`, `quarantined`, `aliases`, `complete` and `rows` read all of the content.
     """

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
+import kbsync
 from kbsync.connectors import Options, Place
 from kbsync.connectors.archive import BadArchive, Compression, unpack
 from kbsync.connectors.columns import Cell, Columns, Reader, reader
@@ -87,8 +88,10 @@ class RowOptions(Options):
         return found | {column: "where" for column in self.where if column not in found}
 
     def digest(self, source: Source) -> str:
-        """The declaration that rows are read with, lookup tables and all."""
-        return digest_of([source.model_dump(mode="json"), self.model_dump(mode="json", include={"columns", "row_id"})])
+        """The declaration that rows are read with, lookup tables and all, by this kbsync: another one may read
+        differently."""
+        declared = source.model_dump(mode="json")
+        return digest_of([kbsync.__version__, declared, self.model_dump(mode="json", include={"columns", "row_id"})])
 
 
 class FeedOptions(HttpOptions, RowOptions):
@@ -209,7 +212,8 @@ class FeedConnector:
         raise NotImplementedError
 
     def fetch(self, previous: Provenance | None) -> Snapshot:
-        """All rows of the feed; `not_modified` where the server vouches for the rows of `previous`.
+        """All rows of the feed; `not_modified` where the server vouches for the rows of `previous`, or the body is the
+        same: reading it again would come to what it came to.
 
         Raises SourceUnavailable, SourceBlocked, and SourceInvalid for a body that is not what was signed, cannot be
         unpacked or read, or lacks a column (see `http.send` for URLs).
@@ -217,15 +221,20 @@ class FeedConnector:
         types = (*self.content_types, *_ARCHIVES)
         fetched = self._location.read(previous, accept=self.accept, content_types=types)
         if fetched.body is None:
-            return Snapshot(self.source.source, self.source.relation, fetched.provenance, not_modified=True)
+            return self._unchanged(fetched.provenance)
         try:
             provenance = replace(fetched.provenance, verified=self._verified(fetched.body))
+            if fetched.repeats(previous):
+                return self._unchanged(provenance)
             content = unpack(fetched.body, self.options.compression, self.options.max_bytes)
             rows = Mapped(self.source, self.options, self.records(content))
         except (BadArchive, BadSignature, BadTable) as error:
             hint = getattr(error, "hint", "") or "nothing was changed; correct the feed and run `kbsync sync`"
             raise SourceInvalid(self.source.source, f"{self.options.location}: {error}", hint=hint) from error
         return snapshot_of(self.source, lambda: rows, provenance)
+
+    def _unchanged(self, provenance: Provenance) -> Snapshot:
+        return Snapshot(self.source.source, self.source.relation, provenance, not_modified=True)
 
     def _verified(self, body: bytes) -> str | None:
         """What the body was proven by. Raises BadSignature; SourceError where the proof cannot be had."""

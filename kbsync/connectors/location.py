@@ -40,6 +40,10 @@ class Fetched:
     body: bytes | None
     provenance: Provenance
 
+    def repeats(self, previous: Provenance | None) -> bool:
+        """Whether the body is, byte for byte, the one of `previous`, and read with the same declaration."""
+        return previous is not None and _content_of(self.provenance) == _content_of(previous)
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -164,6 +168,10 @@ class Location:
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise SourceUnavailable(name, f"{location}: was written to while it was read", hint="run `kbsync sync`")
         return path, body
+
+
+def _content_of(seen: Provenance) -> tuple[str | None, ...]:
+    return seen.location, seen.declaration, seen.body_sha256
 
 
 def is_url(location: str) -> bool:

@@ -55,6 +55,9 @@ _CONTENT = (
 )
 """What makes two rows of a relation the same claim: all that a source says, but not where it says it."""
 
+NOT_MODIFIED = 304
+"""HTTP's status: the answer has no body, and its validators may be left out (RFC 9110, 15.4.5)."""
+
 _OPTIONAL = ("valid_from", "valid_to", "qualifiers")
 
 _metadata = MetaData()
@@ -167,17 +170,20 @@ def record(connection: Connection, run_id: int, snapshot: Snapshot, now: datetim
 
 
 def _accept(connection: Connection, run_id: int, snapshot: Snapshot, read: _Read, now: datetime) -> _Fetch:
-    """The fetch's own row. A 304 carries the validators and the body's hash of the fetch that it vouches for."""
+    """The fetch's own row. Where nothing is modified it carries what is known of the body of the fetch before; a 304
+    its validators and hash, too."""
     query = select(_fetch).where(_fetch.c.source == snapshot.source).order_by(_fetch.c.number.desc()).limit(1)
     previous = connection.execute(query).one_or_none()
     seen = snapshot.provenance
-    etag, modified, body = seen.etag, seen.last_modified, seen.body_sha256
-    declaration = seen.declaration
+    etag, modified, body, declaration = seen.etag, seen.last_modified, seen.body_sha256, seen.declaration
+    complete, rows = read.complete(snapshot) and snapshot.covers is None, read.rows
     if snapshot.not_modified:
         if previous is None:
             raise LedgerError(f"source {snapshot.source}: not modified since a fetch that the ledger does not have")
-        etag, modified = etag or previous.etag, modified or previous.last_modified
         body, declaration = previous.body_sha256, previous.declaration
+        complete, rows = previous.complete, previous.rows
+        if seen.status == NOT_MODIFIED:
+            etag, modified = etag or previous.etag, modified or previous.last_modified
     number = 1 if previous is None else previous.number + 1
     row = {
         "run_id": run_id,
@@ -192,9 +198,9 @@ def _accept(connection: Connection, run_id: int, snapshot: Snapshot, read: _Read
         "etag": etag,
         "last_modified": modified,
         "declaration": declaration,
-        "complete": read.complete(snapshot) and snapshot.covers is None,
+        "complete": complete,
         "not_modified": snapshot.not_modified,
-        "rows": read.rows,
+        "rows": rows,
         "as_of": seen.as_of,
         "cursor": seen.cursor,
         "verified": seen.verified,
