@@ -249,9 +249,9 @@ def ledger(
     if as_json:
         return emit({"bench": "ledger", "sizes": found})
     for one in found:
-        shown = ("phase", "seconds", "rows_per_second", "peak_mb", "skipped")
+        shown = ("phase", "seconds", "rows_per_second", "ms", "peak_mb", "skipped")
         lines = [[_cell(phase.get(name, "")) for name in shown] for phase in one["phases"]]
-        table(f"{one['rows']} rows, {one['database']}", ("phase", "seconds", "rows/s", "peak MB", ""), lines)
+        table(f"{one['rows']} rows, {one['database']}", ("phase", "seconds", "rows/s", "ms", "peak MB", ""), lines)
     return None
 
 
