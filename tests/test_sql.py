@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sqlite3
+import struct
+import threading
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -16,10 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from sqlalchemy import NullPool, create_engine
+from sqlalchemy import NullPool, create_engine, make_url
 
 from kbsync.connectors import Connector, make_connector
-from kbsync.connectors.sql import as_text
+from kbsync.connectors.sql import _scrubbed, as_text
 from kbsync.errors import SourceError, SourceInvalid, SourceUnavailable
 from kbsync.facts import Snapshot
 from kbsync.policy import Source
@@ -366,3 +370,110 @@ def test_what_is_unwise_is_warned_of(tmp_path: Path) -> None:
     assert "cannot make oracle read only" in writable
     (odd,) = connector(tmp_path, "duckdb:///x.db").warnings
     assert "only SQLite's can be read" in odd
+
+
+# -- what is hostile, or stays silent
+
+
+@pytest.mark.parametrize("name", ["%252e%252e/secret.db", "x%252f..%252f..%252fsecret.db"])
+def test_a_sqlite_url_is_decoded_once(tmp_path: Path, name: str) -> None:
+    """What is a file's name after that stays one, so that no `..` in it leads out of the allowed folders."""
+    (tmp_path / "sources").mkdir()
+    Database("", f"sqlite:///{tmp_path}/secret.db", tmp_path).run(*TABLE)
+    with pytest.raises(SourceUnavailable, match="unable to open"):
+        connector(tmp_path / "sources", f"sqlite:///{name}").fetch(None)
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    """One with a percent sign, a question mark or a hash, too."""
+    folder = tmp_path / "a%20b?c#d"
+    folder.mkdir()
+    with contextlib.closing(sqlite3.connect(folder / "o.db")) as made, made:
+        for statement in TABLE:
+            made.execute(statement)
+    assert connector(folder, "sqlite:///o.db").fetch(None).rows == 2
+
+
+def _silent(listener: socket.socket, greeting: bytes, done: threading.Event) -> None:
+    """A server that greets its first client as PostgreSQL does, and says nothing more."""
+    client, _ = listener.accept()
+    with client:
+        while greeting:
+            (length,) = struct.unpack("!I", client.recv(4))
+            if client.recv(length - 4)[:2] != b"\x04\xd2":  # no more requests for encryption
+                client.sendall(greeting)
+                break
+            client.sendall(b"N")
+        done.wait(60)
+
+
+def _message(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("!I", len(body) + 4) + body
+
+
+@pytest.mark.parametrize("greets", [False, True])
+def test_a_server_that_goes_silent_is_left_at_the_deadline(tmp_path: Path, greets: bool) -> None:
+    """Before it has answered anything, and after the connection stands."""
+    settings = {"server_version": "15.0", "client_encoding": "UTF8", "standard_conforming_strings": "on"}
+    greeting = _message(b"R", struct.pack("!I", 0))
+    for name, value in settings.items():
+        greeting += _message(b"S", f"{name}\0{value}\0".encode())
+    greeting += _message(b"K", struct.pack("!II", 1, 2)) + _message(b"Z", b"I")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(60)
+        done = threading.Event()
+        server = threading.Thread(target=_silent, args=(listener, greeting if greets else b"", done))
+        server.start()
+        found = connector(tmp_path, f"postgresql+psycopg://u@127.0.0.1:{listener.getsockname()[1]}/d", deadline=1)
+        with pytest.raises(SourceUnavailable, match="no whole answer in 1 s"):
+            found.fetch(None)
+        assert server.is_alive()
+        done.set()
+        server.join()
+
+
+def test_wide_rows_stop_at_the_cap_one_by_one(tmp_path: Path) -> None:
+    """No second row is asked for once the bytes of the first are too many, and no value can be larger than the cap."""
+    Database("", f"sqlite:///{tmp_path}/o.db", tmp_path).run(*TABLE)
+    wide = ENDLESS.replace("'a' AS name", "CAST(zeroblob(400000) AS TEXT) AS name")
+    tracemalloc.start()
+    try:
+        with pytest.raises(SourceInvalid, match="larger than"):
+            connector(tmp_path, "sqlite:///o.db", wide, max_bytes=1_000_000).fetch(None)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(SourceInvalid, match="too big"):
+        connector(tmp_path, "sqlite:///o.db", wide, max_bytes=100_000).fetch(None)
+
+
+@pytest.mark.parametrize("between", ["\n", "/**/", "-- x\n", "("])
+def test_a_query_of_many_blanks_is_judged_at_once(tmp_path: Path, between: str) -> None:
+    """The look for SELECT at its beginning goes over what is before it once (a slower look would never end here)."""
+    with pytest.raises(ValidationError):
+        connector(tmp_path, "sqlite:///o.db", between * 60 + "UPDATE office SET id = 1")
+
+
+@pytest.mark.parametrize(
+    ("query", "sent"),
+    [
+        ("SELECT ';' AS id", True),
+        ("SELECT 'it''s; so' AS \"a;b\"  -- and; so\n;", True),
+        ("SELECT 'a' AS id; DROP TABLE office", False),
+        (r"SELECT E'\' ; DROP TABLE office --'", False),
+        ("SELECT $$'$$; DROP TABLE office -- '", False),
+        ("SELECT 1 # '\n; DROP TABLE office -- '", False),
+        ("SELECT 1 /* /* */ ' */; DROP TABLE office -- '", False),
+        ("SELECT `'`; DROP TABLE office -- '", False),
+    ],
+)
+def test_a_semicolon_may_stand_in_a_string(tmp_path: Path, query: str, sent: bool) -> None:
+    """Where every database agrees that it is one."""
+    with contextlib.nullcontext() if sent else pytest.raises(ValidationError, match="semicolon"):
+        connector(tmp_path, "sqlite:///o.db", query)
+
+
+def test_no_option_of_a_url_is_in_an_error(tmp_path: Path) -> None:
+    """A password may stand behind the question mark, too."""
+    url = make_url(f"postgresql+psycopg://db.example.org/crm?user=u&password={CANARY}")
+    assert CANARY not in _scrubbed(ValueError(f"cannot log in with {CANARY}"), url)

@@ -17,20 +17,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
+import os
 import re
+import socket
 import sqlite3
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, date, datetime
 from datetime import time as clock_time
 from decimal import Decimal
 from functools import partial
 from typing import Annotated, Any
+from urllib.parse import quote
 from uuid import UUID
 
 from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator
-from sqlalchemy import Connection, Engine, NullPool, create_engine, make_url
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
@@ -47,17 +52,28 @@ from kbsync.references import FILE, filled, holds_password
 
 __all__ = ["Answer", "SqlConnector", "SqlOptions", "as_text"]
 
-BATCH = 1_000
-"""Rows that are asked for at a time."""
+BATCH = 250
+"""Rows that a server is asked for at a time; of a SQLite file, one by one."""
 CONNECT_SECONDS = 10
+"""How long a connection may take, where the deadline is not shorter."""
 BUSY_SECONDS = 5.0
 """How long a SQLite file that another program writes is waited for."""
+GRACE_SECONDS = 0.5
+"""The database may end a statement itself first, so that it does not go on there."""
+SECRET_LENGTH = 6
+"""A shorter option of a URL is no secret, but may be part of any text."""
 PROGRESS_STEPS = 10_000
 """SQLite looks at the deadline after so many steps of its virtual machine, some 0.1 ms."""
 
-_CONNECT_TIMEOUT = ("psycopg", "psycopg2", "pymysql", "mysqldb")
-"""Drivers that have an argument of this name."""
-_FORM = re.compile(r"(?:\s+|--[^\n]*(?:\n|$)|/\*.*?\*/|\()*(select|with)\b", re.IGNORECASE | re.DOTALL)
+_LIBPQ, _MYSQL = ("psycopg", "psycopg2"), ("pymysql", "mysqldb")
+"""Drivers, by the arguments that they know."""
+_KEEPALIVE: Mapping[str, int] = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+"""Seconds and times: a server that is gone is noticed within half a minute
+(https://www.postgresql.org/docs/current/libpq-connect.html)."""
+_FORM = re.compile(r"(?:\s|--[^\n]*(?:\n|$)|/\*.*?\*/|\()*+(select|with)\b", re.IGNORECASE | re.DOTALL)
+_OTHERWISE_READ = re.compile(r"[\\$#`\[]|/\*|\r(?!\n)")
+"""What makes databases differ about where a string ends."""
+_QUOTED = re.compile(r"""'[^']*'|"[^"]*"|--\s[^\n]*""")
 _SQLITE_READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 _SQLITE_MAY_END = ("locked", "busy", "interrupted", "unable to open", "disk i/o")
 _READ_ONLY: Mapping[str, Sequence[str]] = {
@@ -88,7 +104,7 @@ class SqlOptions(RowOptions):
             statement = statement[:-1].rstrip()
         if not _FORM.match(statement):
             raise ValueError("is not a SELECT statement")
-        if ";" in statement:
+        if ";" in (statement if _OTHERWISE_READ.search(statement) else _QUOTED.sub("", statement)):
             raise ValueError("has a semicolon inside: exactly one statement is sent")
         return statement
 
@@ -211,27 +227,31 @@ class SqlConnector:
 
     def _ask(self, url: URL) -> bytes:
         """The answer as JSON Lines. Raises SourceError."""
-        deadline = time.monotonic() + self._options.deadline
-        with self._translated(url), _engine(url) as engine, engine.connect() as connection:
-            _bind(connection, self._options.deadline, deadline)
+        seconds = self._options.deadline
+        deadline = time.monotonic() + seconds
+        with (
+            self._translated(url, deadline),
+            _engine(url, seconds) as engine,
+            _ended(engine, deadline),
+            engine.connect() as connection,
+        ):
+            _bind(connection, self._options, deadline)
             result = connection.execution_options(
-                stream_results=True, no_parameters=True, yield_per=BATCH
+                stream_results=True, no_parameters=True, max_row_buffer=BATCH
             ).exec_driver_sql(self._options.query)
             with closing(result):
-                return self._written(result.keys(), result.partitions(BATCH), deadline)
+                return self._written(result.keys(), result, deadline)
 
-    def _written(self, names: Any, batches: Iterator[Sequence[Any]], deadline: float) -> bytes:
+    def _written(self, names: Any, answer: Iterable[Sequence[Any]], deadline: float) -> bytes:
         options, file = self._options, io.BytesIO()
         name, where = self._source.source, f"sources/{self._source.source}.yaml"
         file.write(_line(list(names)))
-        rows = 0
-        for batch in batches:
-            rows += len(batch)
-            file.writelines(_line([_value(value) for value in row]) for row in batch)
-            if rows > options.max_rows:
+        for number, row in enumerate(answer, 1):
+            if number > options.max_rows:
                 raise SourceInvalid(
                     name, f"the answer has more than {options.max_rows:,} rows", hint=f"`max_rows` in {where}"
                 )
+            file.write(_line([_value(value) for value in row]))
             if file.tell() > options.max_bytes:
                 limit = options.max_bytes.human_readable(decimal=True)
                 raise SourceInvalid(name, f"the answer is larger than {limit}", hint=f"`max_bytes` in {where}")
@@ -245,7 +265,7 @@ class SqlConnector:
         return SourceUnavailable(name, f"no whole answer in {self._options.deadline:g} s", hint=hint)
 
     @contextmanager
-    def _translated(self, url: URL) -> Iterator[None]:
+    def _translated(self, url: URL, deadline: float) -> Iterator[None]:
         """The database's errors as ours, without the URL, the statement or the password."""
         name, dialect = self._source.source, url.get_backend_name()
         place = url.host or url.database or dialect
@@ -257,7 +277,7 @@ class SqlConnector:
             raise SourceInvalid(name, detail, hint=hint) from None
         except (SQLAlchemyError, sqlite3.Error, TypeError, ValueError) as error:
             detail = _scrubbed(error, url)
-            if dialect == "sqlite" and "interrupted" in detail:
+            if time.monotonic() > deadline or (dialect == "sqlite" and "interrupted" in detail):
                 raise self._too_late() from None
             hint = f"see `url` and `query` in sources/{name}.yaml"
             kind = SourceUnavailable if _may_end(error, dialect, detail) else SourceInvalid
@@ -265,14 +285,15 @@ class SqlConnector:
 
 
 @contextmanager
-def _engine(url: URL) -> Iterator[Engine]:
+def _engine(url: URL, seconds: float) -> Iterator[Engine]:
     """An engine for one connection. A SQLite file is opened read only, and must be there."""
     if url.get_backend_name() == "sqlite":
-        uri = f"file:{url.database}".replace("?", "%3f").replace("#", "%23")
-        connect: Callable[[], Any] = partial(sqlite3.connect, f"{uri}?mode=ro", uri=True, timeout=BUSY_SECONDS)
+        uri = f"file:{quote(url.database or '')}?mode=ro"  # SQLite decodes it once more
+        busy = min(BUSY_SECONDS, seconds)
+        connect: Callable[[], Any] = partial(sqlite3.connect, uri, uri=True, timeout=busy)
         engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
     else:
-        arguments = {"connect_timeout": CONNECT_SECONDS} if url.get_driver_name() in _CONNECT_TIMEOUT else {}
+        arguments = _timeouts(url.get_driver_name(), seconds)
         engine = create_engine(url, connect_args=arguments, poolclass=NullPool)
     try:
         yield engine
@@ -280,13 +301,51 @@ def _engine(url: URL) -> Iterator[Engine]:
         engine.dispose()
 
 
-def _bind(connection: Connection, seconds: float, deadline: float) -> None:
+def _timeouts(driver: str, seconds: float) -> dict[str, int]:
+    """What a driver itself can do about a server that says nothing."""
+    connect, whole = (max(1, math.ceil(limit)) for limit in (min(CONNECT_SECONDS, seconds), seconds))
+    if driver in _LIBPQ:
+        return {"connect_timeout": connect, "tcp_user_timeout": whole * 1000, **_KEEPALIVE}
+    if driver in _MYSQL:
+        return {"connect_timeout": connect, "read_timeout": whole, "write_timeout": whole}
+    return {}
+
+
+@contextmanager
+def _ended(engine: Engine, deadline: float) -> Iterator[None]:
+    """The connection is cut after the deadline: a server that went silent may never end what it was asked."""
+    made: list[Any] = []
+    event.listen(engine, "connect", lambda raw, _: made.append(raw), insert=True)  # before SQLAlchemy's own questions
+    wait = max(0.0, deadline - time.monotonic()) + GRACE_SECONDS
+    watchdog = threading.Timer(wait, lambda: [_cut(raw) for raw in made])
+    watchdog.daemon = True
+    if engine.dialect.name != "sqlite":  # ends by itself, see `_bind`
+        watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+
+
+def _cut(raw: Any) -> None:
+    """End a driver's connection from another thread, by its socket where it shows that."""
+    with suppress(Exception):  # whatever the driver raises: the thread that waits for it says what is wrong
+        if hasattr(raw, "fileno"):
+            with socket.socket(fileno=os.dup(raw.fileno())) as found:
+                found.shutdown(socket.SHUT_RDWR)
+        elif hasattr(raw, "cancel"):
+            raw.cancel()
+
+
+def _bind(connection: Connection, options: SqlOptions, deadline: float) -> None:
     """Make the transaction read only and end it at the deadline, as far as the dialect can."""
+    seconds = options.deadline
     if connection.dialect.name == "sqlite":
         raw = connection.connection.driver_connection
         if isinstance(raw, sqlite3.Connection):
             raw.set_authorizer(_authorized)
             raw.set_progress_handler(lambda: time.monotonic() > deadline, PROGRESS_STEPS)
+            raw.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(options.max_bytes, raw.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)))
         return
     dialect = "mariadb" if getattr(connection.dialect, "is_mariadb", False) else connection.dialect.name
     for statement in _READ_ONLY.get(dialect, ()):
@@ -309,7 +368,8 @@ def _may_end(error: Exception, dialect: str, detail: str) -> bool:
 def _scrubbed(error: Exception, url: URL) -> str:
     """The first line of what the database said; no password of ours in it."""
     text = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-    for secret in {url.password, url.render_as_string(hide_password=False)} - {None, ""}:
+    parts = [value for values in url.normalized_query.values() for value in values if len(value) >= SECRET_LENGTH]
+    for secret in {url.render_as_string(hide_password=False), url.password, *parts} - {None, ""}:
         text = text.replace(str(secret), "***")
     return printable(text, 200)
 
