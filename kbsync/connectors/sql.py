@@ -317,7 +317,7 @@ def _ended(engine: Engine, deadline: float) -> Iterator[None]:
     made: list[Any] = []
     event.listen(engine, "connect", lambda raw, _: made.append(raw), insert=True)  # before SQLAlchemy's own questions
     wait = max(0.0, deadline - time.monotonic()) + GRACE_SECONDS
-    watchdog = threading.Timer(wait, lambda: [_cut(raw) for raw in made])
+    watchdog = threading.Timer(wait, _cut, [made])
     watchdog.daemon = True
     if engine.dialect.name != "sqlite":  # ends by itself, see `_bind`
         watchdog.start()
@@ -327,14 +327,15 @@ def _ended(engine: Engine, deadline: float) -> Iterator[None]:
         watchdog.cancel()
 
 
-def _cut(raw: Any) -> None:
-    """End a driver's connection from another thread, by its socket where it shows that."""
-    with suppress(Exception):  # whatever the driver raises: the thread that waits for it says what is wrong
-        if hasattr(raw, "fileno"):
-            with socket.socket(fileno=os.dup(raw.fileno())) as found:
-                found.shutdown(socket.SHUT_RDWR)
-        elif hasattr(raw, "cancel"):
-            raw.cancel()
+def _cut(made: Sequence[Any]) -> None:
+    """End a driver's connections from another thread, by their sockets where it shows them."""
+    for raw in made:
+        with suppress(Exception):  # whatever the driver raises: the thread that waits for it says what is wrong
+            if hasattr(raw, "fileno"):
+                with socket.socket(fileno=os.dup(raw.fileno())) as found:
+                    found.shutdown(socket.SHUT_RDWR)
+            elif hasattr(raw, "cancel"):
+                raw.cancel()
 
 
 def _bind(connection: Connection, options: SqlOptions, deadline: float) -> None:
