@@ -28,6 +28,7 @@ __all__ = [
     "cut",
     "drip",
     "drip_headers",
+    "endless",
     "hang",
     "redirect",
     "reset",
@@ -73,6 +74,16 @@ def cut(body: bytes, *, promised: int, kind: str = CSV) -> Behaviour:
 
     def send(handler: BaseHTTPRequestHandler) -> None:
         _head(handler, 200, {"Content-Type": kind, "Content-Length": str(promised)})
+        handler.wfile.write(body)
+
+    return send
+
+
+def endless(body: bytes, *, kind: str = CSV, headers: Mapping[str, str] | None = None) -> Behaviour:
+    """Says nowhere how long the body is: it ends when the connection does."""
+
+    def send(handler: BaseHTTPRequestHandler) -> None:
+        _head(handler, 200, {"Content-Type": kind, **(headers or {})})
         handler.wfile.write(body)
 
     return send

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from kbsync.errors import SourceError, SourceInvalid, SourceUnavailable
 from kbsync.observe import observe
-from tests.faultserver import FaultServer, answer
+from tests.faultserver import FaultServer, answer, endless
 from tests.feeds import BODIES, CSV, connector, pairs, read, reasons
 from tests.ledgers import dump, opened, sync
 from tests.test_signature import BODY, KEY, LEGACY, PREHASHED
@@ -66,6 +66,23 @@ def test_a_packed_feed_comes_from_an_address_too(tmp_path: Path, server: FaultSe
     """Whatever the server calls it, and packed once more for the way."""
     url = server.on("/stars.gz", answer(gzip.compress(BODIES[kind].encode()), kind=media, zipped=True))
     assert pairs(connector(tmp_path, kind, location=url).fetch(None)) == STARS
+
+
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("snapshot", ["complete", "partial"])
+def test_a_feed_whose_end_nothing_proves_is_refused(
+    tmp_path: Path, server: FaultServer, kind: str, snapshot: str
+) -> None:
+    """Without length, compression, sum or signature a cut feed looks like a shorter one, or has half a value."""
+    body = BODIES[kind].encode()
+    url = server.on("/stars", endless(body, kind="text/plain"))
+    with pytest.raises(SourceInvalid, match="nothing says where the answer ends") as caught:
+        connector(tmp_path, kind, location=url, snapshot=snapshot).fetch(None)
+    assert "Content-Length" in caught.value.hint
+    assert "sha256" in caught.value.hint
+    assert pairs(connector(tmp_path, kind, location=url, sha256=hashlib.sha256(body).hexdigest()).fetch(None)) == STARS
+    packed = server.on("/stars.gz", endless(gzip.compress(body), kind="application/gzip"))
+    assert pairs(connector(tmp_path, kind, location=packed).fetch(None)) == STARS
 
 
 @pytest.mark.parametrize("kind", BODIES)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
@@ -19,15 +20,17 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ByteSize
 
+from kbsync.connectors.coding import PIECE_BYTES, BadCoding, decoded
 from kbsync.connectors.http import Budget, HttpOptions, Reply, check_url, retry_after, send
 from kbsync.connectors.network import is_allowed
 from kbsync.errors import SourceBlocked, SourceError, SourceInvalid, SourceUnavailable
-from tests.faultserver import FaultServer, answer, big, cut, drip, drip_headers, hang, redirect, reset
+from tests.faultserver import FaultServer, answer, big, cut, drip, drip_headers, endless, hang, redirect, reset
 
+ROWS = b"name\nVega\n" * 20_000
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 
 
@@ -212,6 +215,67 @@ def test_a_broken_compression_is_invalid(server: FaultServer) -> None:
     whole = gzip.compress(b"name\nVega\n" * 100)
     with pytest.raises(SourceInvalid):
         get(server.on("/badgzip", answer(whole[:10] + b"\0" * 20, headers={"Content-Encoding": "gzip"})))
+
+
+def packings() -> dict[str, tuple[str, bytes]]:
+    """The ways to pack a body that are undone, each with its header."""
+    raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return {
+        "gzip": ("gzip", gzip.compress(ROWS)),
+        "x-gzip": ("X-GZIP", gzip.compress(ROWS)),
+        "deflate": ("deflate", zlib.compress(ROWS)),
+        "raw deflate": ("deflate", raw.compress(ROWS) + raw.flush()),
+        "identity": ("identity", ROWS),
+    }
+
+
+@pytest.mark.parametrize("packing", packings())
+def test_a_body_that_is_packed_once_is_unpacked(server: FaultServer, packing: str) -> None:
+    """gzip and both kinds of deflate, in pieces that are small however much comes out."""
+    coding, body = packings()[packing]
+    assert get(server.on("/packed", answer(body, headers={"Content-Encoding": coding}))).body == ROWS
+    pieces = list(decoded([body[:1], b"", body[1:]], coding))
+    assert b"".join(pieces) == ROWS
+    assert max(map(len, pieces)) <= PIECE_BYTES or coding == "identity"
+
+
+@pytest.mark.parametrize("packing", ["gzip", "x-gzip", "deflate", "raw deflate"])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_packed_body_without_its_end_is_no_body(packing: str, data: st.DataObject) -> None:
+    """Wherever it is cut, and also where something follows."""
+    coding, body = packings()[packing]
+    cut_at = data.draw(st.integers(0, len(body) - 1))
+    with pytest.raises(BadCoding):
+        list(decoded([body[:cut_at]], coding))
+    with pytest.raises(BadCoding, match="after its end"):
+        list(decoded([body + b"x"], coding))
+
+
+def test_a_cut_packed_answer_is_refused_though_its_length_is_right(server: FaultServer) -> None:
+    """A server or a cache that stored half of an answer sends it with its own length."""
+    body = gzip.compress(ROWS)[:-9]
+    with pytest.raises(SourceInvalid, match="its end is missing"):
+        get(server.on("/half", answer(body, headers={"Content-Encoding": "gzip"})))
+
+
+@pytest.mark.parametrize("coding", ["gzip, gzip", "br", "zstd", "deflate, gzip", "\x1b[2J"])
+@pytest.mark.parametrize("status", [200, 500])
+def test_what_is_packed_otherwise_is_not_unpacked(server: FaultServer, coding: str, status: int) -> None:
+    """Twice, or as nobody asked for: it is refused, and of an error only the status is told."""
+    body = gzip.compress(gzip.compress(ROWS))
+    with pytest.raises(SourceError) as caught:
+        get(server.on("/twice", answer(body, status=status, headers={"Content-Encoding": coding})))
+    told = caught.value.message
+    assert ("which was not asked for" in told) if status == 200 else told.endswith("Internal Server Error")
+    assert "\x1b" not in told
+
+
+def test_an_answer_says_whether_its_end_is_known(server: FaultServer) -> None:
+    """A length or a compression tells it; a connection that closes does not."""
+    assert get(server.on("/framed", answer(ROWS))).framed
+    assert get(server.on("/packed", endless(gzip.compress(ROWS), headers={"Content-Encoding": "gzip"}))).framed
+    assert not get(server.on("/endless", endless(ROWS))).framed
 
 
 def test_redirects_on_the_host_are_followed(server: FaultServer) -> None:

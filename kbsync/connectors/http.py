@@ -29,6 +29,7 @@ import httpx
 from pydantic import ByteSize, Field
 
 from kbsync.connectors import Options
+from kbsync.connectors.coding import ACCEPTED, BadCoding, decoded, is_packed
 from kbsync.connectors.network import Transport, is_this_machine
 from kbsync.connectors.text import printable
 from kbsync.connectors.turns import turn
@@ -69,12 +70,14 @@ class HttpOptions(Options):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer: status 200, or 304 to a conditional request. `body` is decoded."""
+    """A whole answer: status 200, or 304 to a conditional request. `body` is decoded. `framed`: where it ends is told
+    by a length, by chunks or by its compression; else the connection just closed, which proves nothing."""
 
     url: str
     status: int
     headers: httpx.Headers
     body: bytes
+    framed: bool = True
 
     @property
     def content_type(self) -> str:
@@ -135,7 +138,7 @@ def send(source: str, request: httpx.Request, options: HttpOptions, budget: Budg
     or too big, an address or a redirect that was not declared, any other status).
     """
     request.headers["User-Agent"] = options.user_agent
-    request.headers["Accept-Encoding"] = "gzip, deflate"
+    request.headers["Accept-Encoding"] = ACCEPTED
     exchange = _Exchange(source, options, budget or Budget(options))
     with exchange.turn(request.url):
         for _ in range(MAX_REDIRECTS + 1):
@@ -194,7 +197,7 @@ class _Exchange:
                 self._refuse(request.url, response)
             with self._translated(host, SourceInvalid, "the answer was cut"):
                 body = self._body(host, response)
-        return Reply(str(request.url), status, response.headers, body)
+        return Reply(str(request.url), status, response.headers, body, _framed(response.headers))
 
     def redirected(self, request: httpx.Request, reply: Reply) -> httpx.Request:
         """The request that a redirect asks for; it must stay on the host, and not fall back to plain http."""
@@ -239,13 +242,13 @@ class _Exchange:
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             detail = f"{host}: {problem} ({printable(error, 200)})"
             raise broken(self._source, detail, hint="nothing was changed; run `kbsync sync` later") from error
-        except httpx.DecodingError as error:
+        except BadCoding as error:
             detail = f"{host}: the body is not compressed as its header says ({printable(error, 200)})"
             raise SourceInvalid(self._source, detail) from error
 
     def _body(self, host: str, response: httpx.Response) -> bytes:
         body = bytearray()
-        for chunk in response.iter_bytes():
+        for chunk in _pieces(response):
             body += chunk
             self._budget.received += len(chunk)
             if self._budget.received > self._options.max_bytes:
@@ -278,15 +281,27 @@ class _Exchange:
         return error
 
 
+def _pieces(response: httpx.Response) -> Iterator[bytes]:
+    return decoded(response.iter_raw(), response.headers.get("content-encoding", ""))
+
+
+def _framed(headers: httpx.Headers) -> bool:
+    return (
+        "content-length" in headers
+        or "chunked" in headers.get("transfer-encoding", "").lower()
+        or is_packed(headers.get("content-encoding", ""))
+    )
+
+
 def _excerpt(response: httpx.Response) -> str:
     """The first line of an error's body, where it is text and can be read."""
     body = b""
     try:
-        for chunk in response.iter_bytes():
+        for chunk in _pieces(response):
             body += chunk
             if len(body) >= EXCERPT_BYTES:
                 break
-    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpx.DecodingError):
+    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, BadCoding):
         pass  # the status says enough
     line = body.decode("utf-8", "replace").strip().partition("\n")[0]
     return f": {printable(line, 200)}" if line and "html" not in response.headers.get("content-type", "") else ""

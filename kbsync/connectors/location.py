@@ -35,10 +35,12 @@ SMALL_BYTES = ByteSize(65_536)
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A body and where it is from; None where the server vouched (304) for the one of the last time."""
+    """A body and where it is from; None where the server vouched (304) for the one of the last time. `framed`: the
+    server said where it ends (see `Reply`)."""
 
     body: bytes | None
     provenance: Provenance
+    framed: bool = True
 
     def repeats(self, previous: Provenance | None) -> bool:
         """Whether the body is, byte for byte, the one of `previous`, and read with the same declaration."""
@@ -111,7 +113,7 @@ class Location:
             last_modified=reply.validator("last-modified") or (unchanged.last_modified if unchanged else None),
             verified=unchanged.verified if unchanged else None,
         )
-        return Fetched(None if unchanged else reply.body, provenance)
+        return Fetched(None if unchanged else reply.body, provenance, reply.framed)
 
     def _vouches_for(self, previous: Provenance) -> bool:
         return (previous.location, previous.declaration) == (self.location, self.declaration)
