@@ -56,6 +56,7 @@ __all__ = [
     "journal_mode",
     "led",
     "mark_as_ledger",
+    "note_growth",
     "pages",
     "parsed",
     "place_of",
@@ -380,6 +381,13 @@ def analyze(connection: Connection, *tables: Table) -> None:
     """Tell the database how large staging tables have become: it takes them for large otherwise, or for empty."""
     for table in tables:
         connection.execute(text(f"ANALYZE {table.name}"))
+
+
+def note_growth(connection: Connection, *tables: Table) -> None:
+    """Tell PostgreSQL that tables have grown out of all proportion: its autovacuum looks at them after the transaction.
+    SQLite plans by its indexes alone."""
+    if connection.dialect.name != "sqlite":
+        analyze(connection, *tables)
 
 
 def append_only(connection: Connection, table: str) -> None:

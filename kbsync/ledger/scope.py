@@ -18,7 +18,7 @@ from sqlalchemy import Column, Connection, MetaData, Row, Table, Text, and_, fun
 import kbsync
 from kbsync.facts import Claim, Fact, FactKey, digest_of
 from kbsync.ledger import schema
-from kbsync.ledger.database import analyze, batches, bulk_insert, insert_new, temporary, upsert
+from kbsync.ledger.database import analyze, batches, bulk_insert, insert_new, note_growth, temporary, upsert
 from kbsync.ledger.obvious import accept_obvious, functional, said_by
 from kbsync.ledger.read_facts import FACT
 from kbsync.policy import SUBJECT, Policy
@@ -58,7 +58,9 @@ def narrow(
     if state is None or state.digest != _digest(connection, policy):
         if restless or _begun_before(connection, policy):
             return Undecided(None)
+        note_growth(connection, _claim)
         accepted = accept_obvious(connection, policy, run_id, now, None)
+        note_growth(connection, _fact)
         return Undecided(_without_fact(connection, policy), accepted)
     with temporary(connection, _dirty):
         found = bulk_insert(connection, _dirty, ("relation", "subject_id"), sorted(restless))
