@@ -83,13 +83,14 @@ _PASSES = st.lists(
 
 def test_what_may_have_changed_is_all_that_needs_deciding(tmp_path: Path) -> None:
     """For any policies and any passes over three sources, with labels that collide, conflicts, inverse relations,
-    confirmation, both ways to retract, and a policy that changes on the way, the ledger is the same, to the moment, as
-    one in which every pass resolved everything."""
+    confirmation, both ways to retract, and policies that take the relation from each other, the ledger is the same, to
+    the moment, as one in which every pass resolved everything."""
     names = count()
 
     @settings(max_examples=4 if on_postgresql() else 40, deadline=None)
-    @given(policies(), policies(), _PASSES)
-    def check(first: Policy, second: Policy, passes: Sequence[tuple[int, Any]]) -> None:
+    @given(policies(), policies(), st.booleans(), _PASSES)
+    def check(first: Policy, second: Policy, other: bool, passes: Sequence[tuple[int, Any]]) -> None:
+        second = second.model_copy(update={"policy": "q" if other else "p"})
         folder = tmp_path / str(next(names))
         (folder / "narrow").mkdir(parents=True)
         (folder / "whole").mkdir()
@@ -236,3 +237,43 @@ def test_another_kbsync_decides_everything_again(tmp_path: Path, monkeypatch: py
         take(ledger, policy_of(), said("alpha", *CROWD))
         monkeypatch.setattr(scopes.kbsync, "__version__", "99")
         assert undecided(ledger, policy_of(), said("alpha", *CROWD)).keys is None
+
+
+def test_a_change_counts_though_the_clock_went_back(tmp_path: Path) -> None:
+    """A pass without a fetch, then one that comes before it by the clock: what that one fetched is decided."""
+    policy, clock = policy_of(), Clock()
+    with opened(tmp_path, clock) as ledger:
+        take(ledger, policy, said("alpha", *CROWD))
+        clock.turn(hours=2)
+        take(ledger, policy)
+        clock.turn(hours=-1)
+        take(ledger, policy, said("alpha", claim("Ann0", "Oslo"), *CROWD[1:]))
+        with ledger.read() as db:
+            assert db.facts()[CROWD[0].key].object.label == "Oslo"
+
+
+def test_who_takes_a_relation_back_decides_it_again(tmp_path: Path) -> None:
+    """In between another policy decided it, which weighs its sources otherwise."""
+    first, second = (
+        policy_of(policy=name, sources=order) for name, order in (("p", ["alpha", "beta"]), ("q", ["beta", "alpha"]))
+    )
+    with opened(tmp_path) as ledger:
+        other = replace(claim("Ann0", "Oslo"), source="beta")
+        take(ledger, first, said("alpha", *CROWD), said("beta", other))
+        for policy, wanted in ((second, "Oslo"), (first, "Rome")):
+            take(ledger, policy)
+            with ledger.read() as db:
+                assert db.facts()[CROWD[0].key].object.label == wanted
+
+
+def test_the_conflicts_of_a_relation_that_was_away_come_back(tmp_path: Path) -> None:
+    """They were closed when no policy kept it; the same policy, unchanged, finds them again."""
+    policy = policy_of()
+    with opened(tmp_path) as ledger:
+        take(ledger, policy, said("alpha", *CROWD, claim("Ann1", "Oslo")))
+        with ledger.write() as db:
+            db.abandon(db.start_run("q", model=None, trigger="sync", user="me"), ["other"])
+            assert not db.conflicts()
+        take(ledger, policy)
+        with ledger.read() as db:
+            assert [row.conflict.key for row in db.conflicts()] == [CROWD[1].key]

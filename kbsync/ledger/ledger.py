@@ -90,11 +90,13 @@ class Ledger:
                 connection.commit()
 
     def _next_moment(self, connection: Connection) -> datetime:
-        """Now, or just after the newest entry where the clock says less."""
-        audit, fetch = schema.audit, schema.fetch
+        """Now, or just after the newest entry where the clock says less. Of the times that order history, those
+        that an index finds: what has none is written beside one of these."""
+        entries = ((schema.audit, "at"), (schema.fetch, "recorded_at"), (schema.run, "started_at"), (schema.head, "at"))
+        marks = ((schema.fact, "since"), (schema.fact, "until"), (schema.policy_state, "at"))
         newest: list[datetime | None] = [
-            connection.scalar(select(audit.c.at).order_by(audit.c.id.desc()).limit(1)),
-            connection.scalar(select(fetch.c.recorded_at).order_by(fetch.c.id.desc()).limit(1)),
+            *(connection.scalar(select(table.c[at]).order_by(table.c.id.desc()).limit(1)) for table, at in entries),
+            *(connection.scalar(select(func.max(table.c[at]))) for table, at in marks),
         ]
         return max([self._clock(), *(moment + timedelta(microseconds=1) for moment in newest if moment is not None)])
 

@@ -278,10 +278,12 @@ class Verdict(LedgerTable, table=True):
 
 
 class PolicyState(LedgerTable, table=True):
-    """What a policy's facts were last resolved with: where its digest changes, every key is decided again."""
+    """Who last decided a relation, with what, after which fetch: another policy or digest decides every key again."""
 
-    policy: str = text(primary_key=True)
+    relation: str = text(primary_key=True)
+    policy: str = text()
     digest: str = text()
+    fetch_id: int
     run_id: int = refers("run")
     at: datetime = time()
 

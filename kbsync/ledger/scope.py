@@ -51,11 +51,11 @@ def narrow(
     Every key is left where the policy is not the one of the last decision, and where deciding one key may depend on
     many others: inverse relations, merged ids.
     """
-    state = connection.execute(select(_state).where(_state.c.policy == policy.policy)).one_or_none()
+    state = _last_decision(connection, policy)
     tangled = any(relation.inverse for relation in policy.relations.values())
     if tangled or _merged(connection):
         return Undecided(None)
-    if state is None or state.digest != _digest(connection, policy):
+    if state is None:
         if restless or _begun_before(connection, policy):
             return Undecided(None)
         note_growth(connection, _claim)
@@ -74,6 +74,15 @@ def narrow(
         return Undecided(_keys(connection.execute(select(_dirty).where(~done))), accepted)
 
 
+def _last_decision(connection: Connection, policy: Policy) -> Row[Any] | None:
+    """When all relations of the policy were last decided; None where not all were by this policy as it is now."""
+    relations, digest = tuple(policy.wording()), _digest(connection, policy)
+    same = (_state.c.policy == policy.policy, _state.c.digest == digest)
+    query = select(func.count(), func.min(_state.c.fetch_id).label("fetch_id"), func.min(_state.c.at).label("at"))
+    found = connection.execute(query.where(_state.c.relation.in_(relations), *same)).one()
+    return found if found[0] == len(relations) else None
+
+
 def _begun_before(connection: Connection, policy: Policy) -> bool:
     """Whether there ever was a fact of the policy's relations, or a conflict."""
     tables = (_fact, schema.conflict)
@@ -83,8 +92,10 @@ def _begun_before(connection: Connection, policy: Policy) -> bool:
 
 def note_decided(connection: Connection, policy: Policy, run_id: int, now: datetime) -> None:
     """From here on, only what changes is decided again."""
-    row = {"policy": policy.policy, "digest": _digest(connection, policy), "run_id": run_id, "at": now}
-    upsert(connection, _state, [row])
+    newest = connection.scalar(select(func.max(_fetch.c.id))) or 0
+    values = {"digest": _digest(connection, policy), "fetch_id": newest, "run_id": run_id, "at": now}
+    rows = [{"relation": name, "policy": policy.policy, **values} for name in policy.wording()]
+    upsert(connection, _state, rows)
 
 
 def begun(connection: Connection, run_id: int, now: datetime, limit: int) -> list[Row[Any]]:
@@ -134,7 +145,7 @@ def _digest(connection: Connection, policy: Policy) -> str:
 def _touched(policy: Policy, state: Row[Any]) -> Any:
     """Keys whose claims began or ended since the last decision, that are in conflict, or whose claims may only now
     count."""
-    fetches = select(_fetch.c.id).where(_fetch.c.source.in_(policy.sources), _fetch.c.recorded_at > state.at)
+    fetches = select(_fetch.c.id).where(_fetch.c.source.in_(policy.sources), _fetch.c.id > state.fetch_id)
     # `|| ''`: SQLite would look through all claims of the relation instead of those of the fetches.
     ours = _claim.c.relation.concat("").in_(functional(policy))
     key = (_claim.c.relation, _claim.c.subject_id)

@@ -62,13 +62,16 @@ class DecisionWriter(DecisionReader, Auditor):
         bulk_insert(self._connection, table, columns, rows)
 
     def abandon(self, run_id: int, kept: Collection[str]) -> None:
-        """Close the conflicts and waits of relations other than those `kept`: no policy will ever decide them."""
+        """Close the conflicts and waits of relations other than those `kept`: no policy will ever decide them. Who
+        keeps one again decides all of it anew."""
         for table, ended, by in (
             (schema.conflict, "closed_at", "closed_run"),
             (schema.waiting, "until", "until_run"),
         ):
             statement = update(table).where(table.c.relation.not_in(kept), table.c[ended].is_(None))
             self._connection.execute(statement.values({ended: self.now, by: run_id}))
+        state = schema.policy_state
+        self._connection.execute(update(state).where(state.c.relation.not_in(kept)).values(digest=""))
 
     def rule(self, key: FactKey, ruling: Ruling, *, user: str) -> None:
         """A person chooses an object for a key, in place of what was chosen before. Audited."""

@@ -102,12 +102,14 @@ def _decisions() -> None:
     )
     op.create_table(
         "policy_state",
+        sa.Column("relation", sa.Text(), nullable=False),
         sa.Column("policy", sa.Text(), nullable=False),
         sa.Column("digest", sa.Text(), nullable=False),
+        sa.Column("fetch_id", sa.Integer(), nullable=False),
         sa.Column("run_id", sa.Integer(), nullable=False),
         sa.Column("at", UtcTime(), nullable=False),
         sa.ForeignKeyConstraint(["run_id"], ["run.id"], name="fk_policy_state_run_id"),
-        sa.PrimaryKeyConstraint("policy", name="pk_policy_state"),
+        sa.PrimaryKeyConstraint("relation", name="pk_policy_state"),
         sqlite_strict=True,
     )
     op.create_table(
