@@ -13,7 +13,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kbsync.facts import Change, Claim, Fact, FactKey, Snapshot
-from kbsync.ledger.scope import prompts_of
 from kbsync.ledger.writer import Writer
 from kbsync.plan import check_guard
 from kbsync.policy import Policy
@@ -70,8 +69,8 @@ def _decide(db: Writer, policy: Policy, run: int) -> tuple[list[Change], dict[st
 def _weighed(
     db: Writer, policy: Policy, keys: Collection[FactKey] | None
 ) -> tuple[Collection[FactKey] | None, list[Claim], dict[FactKey, Fact]]:
-    """The keys, and all whose facts have a prompt that one of them may come to, as they are decided together (Eqn 5);
-    with their claims and facts."""
+    """The keys, and all that are decided together with them: of one prompt (Eqn 5), or of one fact turned round; with
+    their claims and facts."""
     relations, written = tuple(policy.relations), tuple(policy.wording())
     if keys is None:
         return None, db.claims(relations), db.facts(written)
@@ -82,5 +81,5 @@ def _weighed(
         found |= new
         claims += (said := db.claims(relations, new))
         facts |= (known := db.facts(written, keys=new))
-        new = db.keys_written(policy, prompts_of(policy, said, known.values())) - found
+        new = db.met_by(policy, new, said, known.values()) - found
     return found, claims, facts

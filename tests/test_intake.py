@@ -62,6 +62,8 @@ def contents(ledger: Ledger, policy: Policy) -> tuple[Any, ...]:
         return db.facts(), history, conflicts, waits
 
 
+_KINDS = st.sampled_from(["complete", "partial", "same"])
+_MERGED = st.sampled_from([{}, {}, {}, {"s:1": "s:2"}, {"o:1": "o:2"}, {"s:3": "s:1", "o:2": "o:3"}])
 _PASSES = st.lists(
     st.tuples(
         st.integers(0, 1),  # which of two policies
@@ -69,7 +71,8 @@ _PASSES = st.lists(
             st.tuples(
                 st.sampled_from(SOURCES),
                 st.lists(claims(), max_size=5),
-                st.sampled_from(["complete", "partial", "same"]),
+                _KINDS,
+                _MERGED,
             ),
             min_size=1,
             max_size=2,
@@ -83,8 +86,8 @@ _PASSES = st.lists(
 
 def test_what_may_have_changed_is_all_that_needs_deciding(tmp_path: Path) -> None:
     """For any policies and any passes over three sources, with labels that collide, conflicts, inverse relations,
-    confirmation, both ways to retract, and policies that take the relation from each other, the ledger is the same, to
-    the moment, as one in which every pass resolved everything."""
+    merged ids, confirmation, both ways to retract, and policies that take the relation from each other, the ledger is
+    the same, to the moment, as one in which every pass resolved everything."""
     names = count()
 
     @settings(max_examples=4 if on_postgresql() else 40, deadline=None)
@@ -107,10 +110,11 @@ def test_what_may_have_changed_is_all_that_needs_deciding(tmp_path: Path) -> Non
     check()
 
 
-def _snapshots(ledger: Ledger, fetched: Iterable[tuple[str, list[Claim], str]]) -> Iterable[Snapshot]:
-    for source, those, kind in fetched:
+def _snapshots(ledger: Ledger, fetched: Iterable[tuple[str, list[Claim], str, dict[str, str]]]) -> Iterable[Snapshot]:
+    for source, those, kind, merged in fetched:
         if kind != "same":
-            yield said(source, *(replace(one, source=source) for one in those), complete=kind == "complete")
+            own = [replace(one, source=source) for one in those]
+            yield said(source, *own, complete=kind == "complete", redirects=merged)
             continue
         with ledger.read() as db:
             known = db.last_accepted(source) is not None

@@ -12,7 +12,20 @@ from itertools import combinations
 from typing import Any
 
 from sqlalchemy import Column as SqlColumn
-from sqlalchemy import ColumnElement, Connection, Integer, MetaData, Select, Table, and_, func, literal, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    MetaData,
+    Select,
+    Table,
+    and_,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+)
 
 from kbsync.ledger import schema
 from kbsync.ledger.database import analyze, insert_from, temporary
@@ -90,7 +103,8 @@ def _alone(policy: Policy, dirty: Table | None) -> Select[Any]:
 
 
 def _untouched() -> list[ColumnElement[bool]]:
-    """The key never had a fact, is in no conflict, does not wait, and nobody ever ruled on it."""
+    """The key never had a fact, is in no conflict, does not wait, nobody ever ruled on it, and its ids are no others'
+    too."""
     ends: Sequence[tuple[Table, ColumnElement[bool] | None]] = [
         (_fact, None),
         (schema.conflict, schema.conflict.c.closed_at.is_(None)),
@@ -101,6 +115,9 @@ def _untouched() -> list[ColumnElement[bool]]:
     for table, still in ends:
         query = select(table.c.id).where(_same_key(table))
         found.append(~(query if still is None else query.where(still)).correlate(_claim).exists())
+    moved = schema.redirect
+    merged = or_(moved.c.old_id.in_((_claim.c.subject_id, _claim.c.object_id)), moved.c.new_id == _claim.c.subject_id)
+    found.append(~select(moved.c.old_id).where(merged).correlate(_claim).exists())
     return found
 
 

@@ -3,7 +3,7 @@ weighed with are the same, and `resolve` on the same gives the same.
 
     touched by a fetch since the last decision ─┐
     in conflict, waiting, ruled on              ├─▶ dirty ──obvious──▶ accepted by SQL
-    with claims that may only now count         ┘         └──▶ undecided: for `resolve`, with whom their prompts meet
+    with claims that may only now count         ┘         └──▶ undecided: for `resolve`, with all that they meet
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Column, Connection, MetaData, Row, Table, Text, and_, func, or_, select, true, union
+from sqlalchemy import Column, Connection, MetaData, Row, Select, Table, Text, and_, func, or_, select, true, union
 
 import kbsync
 from kbsync.facts import Claim, Fact, FactKey, digest_of
 from kbsync.ledger import schema
 from kbsync.ledger.database import analyze, batches, bulk_insert, insert_new, note_growth, temporary, upsert
+from kbsync.ledger.entities import follow_key, redirects_in
 from kbsync.ledger.obvious import accept_obvious, functional, said_by
 from kbsync.ledger.read_facts import FACT
 from kbsync.policy import SUBJECT, Policy
 
-__all__ = ["Undecided", "begun", "keys_written", "narrow", "note_decided", "prompts_of"]
+__all__ = ["Undecided", "begun", "met_by", "narrow", "note_decided"]
 
 _dirty = Table(
     "dirty",
@@ -48,25 +49,24 @@ def narrow(
 ) -> Undecided:
     """Accept what is obvious, and find what is left. `restless`: keys that every pass decides again.
 
-    Every key is left where the policy is not the one of the last decision, and where deciding one key may depend on
-    many others: inverse relations, merged ids.
+    Every key is left where the policy is not the one of the last decision, and where ids were merged or parted since.
     """
     state = _last_decision(connection, policy)
-    tangled = any(relation.inverse for relation in policy.relations.values())
-    if tangled or _merged(connection):
-        return Undecided(None)
     if state is None:
-        if restless or _begun_before(connection, policy):
+        if restless or _turned(policy) or _begun_before(connection, policy):
             return Undecided(None)
         note_growth(connection, _claim)
         accepted = accept_obvious(connection, policy, run_id, now, None)
         note_growth(connection, _fact)
         return Undecided(_without_fact(connection, policy), accepted)
     with temporary(connection, _dirty):
-        found = bulk_insert(connection, _dirty, ("relation", "subject_id"), sorted(restless))
-        found += insert_new(connection, _dirty, ["relation", "subject_id"], _touched(policy, state))
+        columns = ("relation", "subject_id")
+        found = bulk_insert(connection, _dirty, columns, sorted(restless))
+        found += insert_new(connection, _dirty, columns, _touched(policy, state))
         if not found:
             return Undecided(frozenset())
+        for same in _merged():
+            insert_new(connection, _dirty, columns, same)
         analyze(connection, _dirty)
         accepted = accept_obvious(connection, policy, run_id, now, _dirty)
         mine = and_(_fact.c.relation == _dirty.c.relation, _fact.c.subject_id == _dirty.c.subject_id)
@@ -104,21 +104,60 @@ def begun(connection: Connection, run_id: int, now: datetime, limit: int) -> lis
     return list(connection.execute(query.order_by(_fact.c.relation, _fact.c.subject_id).limit(limit)))
 
 
-def prompts_of(policy: Policy, claims: Iterable[Claim], facts: Iterable[Fact]) -> set[str]:
-    """Every prompt that some keys may come to, and those that their facts have."""
-    found = set()
+def met_by(
+    connection: Connection,
+    policy: Policy,
+    keys: Collection[FactKey],
+    claims: Collection[Claim],
+    facts: Collection[Fact],
+) -> set[FactKey]:
+    """The keys that cannot be decided apart from `keys`, of which there are these claims and facts: those whose facts
+    have a prompt that one of these may come to, the same in the opposite direction, and other ids of all of them."""
+    found = _written(connection, policy, _prompts(policy, claims, facts))
+    found |= _opposite(connection, policy, keys, [*claims, *facts])
+    moved = redirects_in(connection)
+    old: dict[str, list[str]] = {}
+    for was, now in moved.items():
+        old.setdefault(now, []).append(was)
+    followed = {follow_key(key, moved) for key in found} if moved else set()
+    return found | followed | {FactKey(key.relation, was) for key in followed for was in old.get(key.subject, ())}
+
+
+def _prompts(policy: Policy, claims: Iterable[Claim], facts: Iterable[Fact]) -> set[str]:
+    """Every prompt that some keys may come to, in both directions, and those that their facts have."""
+    wording = policy.wording()
+    written = [(fact.relation, fact.subject.label) for fact in facts]
     for claim in claims:
         words = policy.relations[claim.relation]
-        label = words.subject_label(claim.subject.label, dict(claim.qualifiers))
-        found.add(words.prompt.replace(SUBJECT, label))
-    return found | {policy.relations[fact.relation].prompt.replace(SUBJECT, fact.subject.label) for fact in facts}
+        written.append((claim.relation, words.subject_label(claim.subject.label, dict(claim.qualifiers))))
+        if words.inverse is not None:
+            written.append((words.inverse.relation, claim.object.label))
+    return {wording[relation].prompt.replace(SUBJECT, label) for relation, label in written}
 
 
-def keys_written(connection: Connection, policy: Policy, prompts: Collection[str]) -> set[FactKey]:
+def _turned(policy: Policy) -> dict[str, str]:
+    """Relation -> its inverse, for those that have one."""
+    return {name: words.inverse.relation for name, words in policy.relations.items() if words.inverse is not None}
+
+
+def _opposite(
+    connection: Connection, policy: Policy, keys: Collection[FactKey], said: Iterable[Claim | Fact]
+) -> set[FactKey]:
+    """The inverse keys of all objects that are named, and the keys whose facts make those inverse ones of `keys`."""
+    turned = _turned(policy)
+    found = {FactKey(turned[one.relation], one.object.id) for one in said if one.relation in turned}
+    for name, inverse in turned.items():
+        for page in batches([key.subject for key in keys if key.relation == inverse]):
+            behind = (_fact.c.relation == name, _fact.c.object_id.in_(page), _fact.c.until.is_(None))
+            found |= _keys(connection.execute(select(_fact.c.relation, _fact.c.subject_id).where(*behind)))
+    return found
+
+
+def _written(connection: Connection, policy: Policy, prompts: Collection[str]) -> set[FactKey]:
     """The keys whose facts have one of these prompts."""
     found: set[FactKey] = set()
-    for name in functional(policy):
-        start, _, end = policy.relations[name].prompt.partition(SUBJECT)
+    for name, words in policy.wording().items():
+        start, _, end = words.prompt.partition(SUBJECT)
         least = len(start) + len(end)
         labels = {
             prompt[len(start) : len(prompt) - len(end)]
@@ -131,26 +170,34 @@ def keys_written(connection: Connection, policy: Policy, prompts: Collection[str
     return found
 
 
-def _merged(connection: Connection) -> bool:
-    """Whether any id has been merged into another one."""
-    return connection.execute(select(schema.redirect.c.old_id).limit(1)).first() is not None
+def _merged() -> list[Select[Any]]:
+    """The dirty keys under the ids that their subjects have now, then those of now under the ids that they had."""
+    moved = schema.redirect
+    return [
+        select(_dirty.c.relation, other).where(one == _dirty.c.subject_id)
+        for one, other in ((moved.c.old_id, moved.c.new_id), (moved.c.new_id, moved.c.old_id))
+    ]
 
 
 def _digest(connection: Connection, policy: Policy) -> str:
-    """What decisions depend on beside claims: these keys of the policy, this kbsync, whether ids are merged."""
+    """What decisions depend on beside claims: these keys of the policy, this kbsync, which ids are merged."""
     decisive = policy.model_dump(mode="json", include={"sources", "precedence", "relations", "confirm"})
-    return digest_of([kbsync.__version__, decisive, _merged(connection)])
+    return digest_of([kbsync.__version__, decisive, sorted(redirects_in(connection).items())])
 
 
 def _touched(policy: Policy, state: Row[Any]) -> Any:
     """Keys whose claims began or ended since the last decision, that are in conflict, or whose claims may only now
-    count."""
+    count. A conflict of inverse facts can only end where one of those facts does."""
     fetches = select(_fetch.c.id).where(_fetch.c.source.in_(policy.sources), _fetch.c.id > state.fetch_id)
     # `|| ''`: SQLite would look through all claims of the relation instead of those of the fetches.
     ours = _claim.c.relation.concat("").in_(functional(policy))
     key = (_claim.c.relation, _claim.c.subject_id)
     conflict = schema.conflict
-    in_conflict = (conflict.c.relation.in_(functional(policy)), conflict.c.closed_at.is_(None))
+    in_conflict = (
+        conflict.c.relation.in_(tuple(policy.wording())),
+        conflict.c.closed_at.is_(None),
+        conflict.c.kind != "inverse",
+    )
     parts = [
         select(*key).where(_claim.c.since_fetch.in_(fetches), ours),
         select(*key).where(_claim.c.until_fetch.in_(fetches), ours),

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert, update
 
 from kbsync.errors import UsageError
-from kbsync.facts import Change, Conflict, Fact, FactKey, Snapshot
+from kbsync.facts import Change, Claim, Conflict, Fact, FactKey, Snapshot
 from kbsync.ledger import merge, schema, scope
 from kbsync.ledger.accept import Decision, accept
 from kbsync.ledger.codec import snapshot_to_text
@@ -96,15 +96,17 @@ class Writer(Reader, EntityWriter):
 
     def narrow(self, run_id: int, policy: Policy) -> Undecided:
         """Accept what is obvious of the policy's facts, and find the keys that are left to be decided."""
-        restless = self.restless_keys(tuple(policy.relations))
+        restless = self.restless_keys(tuple(policy.wording()))
         undecided = scope.narrow(self._connection, policy, run_id, self.now, restless)
         if undecided.accepted:
             self.audit(self.run(run_id).user, "accept", {"added": undecided.accepted}, run_id=run_id)
         return undecided
 
-    def keys_written(self, policy: Policy, prompts: Collection[str]) -> set[FactKey]:
-        """The keys whose facts have one of these prompts."""
-        return scope.keys_written(self._connection, policy, prompts)
+    def met_by(
+        self, policy: Policy, keys: Collection[FactKey], claims: Collection[Claim], facts: Collection[Fact]
+    ) -> set[FactKey]:
+        """The keys that cannot be decided apart from `keys`, of which there are these claims and facts."""
+        return scope.met_by(self._connection, policy, keys, claims, facts)
 
     def begun(self, run_id: int, limit: int) -> list[Change]:
         """The first facts that the run began in this transaction where there was none, as changes."""
