@@ -125,7 +125,14 @@ def test_a_withdrawn_fact_stays_desired() -> None:
 def test_what_is_not_desired_is_retracted() -> None:
     """By its column."""
     applied = in_weights(fact("Ann", "Rome"))
-    assert plan_of({}, applied).retractions == (Retraction(ANN, applied[ANN]),)
+    plan = plan_of({}, applied)
+    assert (plan.retractions, plan.edits, plan.empty) == ((Retraction(ANN, applied[ANN]),), (), False)
+
+
+def test_what_is_edited_and_what_is_retracted_leaves() -> None:
+    """The key that gets another object, and the one that gets none."""
+    plan = plan_of(state(fact("Ann", "Oslo")), in_weights(fact("Ann", "Rome"), fact("Bob", "Bonn")))
+    assert (plan.leaving, plan.empty) == ({ANN, BOB}, False)
 
 
 def test_what_shares_its_column_with_a_fact_that_stays_is_retracted_with_it() -> None:

@@ -272,6 +272,12 @@ def test_hours_count_from_when_the_ledger_first_had_the_claim() -> None:
         )
 
 
+def test_hours_are_not_over_where_the_time_is_unknown() -> None:
+    """The claim waits; of one fetch, which is no condition, the wait says nothing."""
+    resolution = resolve([claim("Ann", "Oslo", since=NOON)], {}, policy_of(confirm={"hours": 24}))
+    assert (resolution.facts, [one.detail for one in resolution.pending]) == ({}, ["Oslo counts after 24 hours"])
+
+
 def test_a_change_that_is_taken_back_before_it_counts_was_none() -> None:
     """A, B, A: the second A is said once only, and is what the fact is already; nothing waits for it."""
     rome = claim("Ann", "Rome")
@@ -551,6 +557,30 @@ def test_previous_facts_that_contradict_each_other_both_go() -> None:
     """A new template may make two accepted facts one prompt: neither is kept then."""
     ann, bob = claim("Ann", "Rome"), written(claim("Bob", "Oslo"), "Ann")
     assert resolve([ann, bob], facts_of(ann, bob), policy_of()).facts == {}
+
+
+def test_a_previous_fact_that_another_one_contradicts_is_nothing_to_stay_at() -> None:
+    """A key in conflict does not keep it, so that it takes nobody along, now or when resolved again."""
+    ann, bob = claim("Ann", "Rome"), written(claim("Bob", "Oslo"), "Ann")
+    said = [ann, claim("Ann", "Bonn"), bob]
+    resolution = resolve(said, facts_of(ann, bob), policy_of())
+    assert (resolution.facts, kinds(resolution)) == (facts_of(bob), {ANN: "rows"})
+    assert resolve(said, resolution.facts, policy_of()) == resolution
+
+
+def test_a_withdrawn_fact_does_not_contradict_the_one_that_a_conflict_stays_at() -> None:
+    """It gives way."""
+    ann, bob = claim("Ann", "Rome"), written(claim("Bob", "Oslo"), "Ann")
+    old = facts_of(ann) | facts_of(bob, status="withdrawn")
+    resolution = resolve([ann, claim("Ann", "Bonn")], old, policy_of())
+    assert (resolution.facts, kinds(resolution)) == (facts_of(ann), {ANN: "rows"})
+
+
+def test_a_withdrawn_fact_stays_withdrawn_while_its_key_is_in_conflict() -> None:
+    """What it was before is kept, and that is withdrawn."""
+    old = facts_of(claim("Ann", "Rome"), status="withdrawn")
+    resolution = resolve([claim("Ann", "Oslo"), claim("Ann", "Bonn")], old, policy_of())
+    assert (resolution.facts, kinds(resolution)) == (old, {ANN: "rows"})
 
 
 # Inverse relations -------------------------------------------------------------------------------------------------
