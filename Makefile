@@ -23,7 +23,7 @@ test: model ## run the tests
 gpu: model ## the engine's tests on a CUDA device; its speed, memory and hashes there
 	@$(BIN)/python -m tests.gpu
 
-mutants: $(READY) ## small defects in the decisions: each must fail a test (about 20 minutes)
+mutants: $(READY) ## small defects in the decisions: each must fail a test (about 10 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 lint: $(READY) ## ruff and mypy --strict

@@ -261,7 +261,7 @@ def check_guard(found: Difference, guard: Guard) -> list[str]:
         f"{found.source}: {count} of {found.subjects} subjects {what} ({count / found.subjects:.1%}), "
         f"max_{what} is {limit:.1%}"
         for what, count, limit in counts
-        if count and _more(count, limit * found.subjects)
+        if _more(count, limit * found.subjects)
     ]
     if found.complete and _more(guard.min_rows * found.claims_before, found.claims):
         share = f"{found.claims / found.claims_before:.1%}"

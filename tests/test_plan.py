@@ -24,7 +24,7 @@ from kbsync.facts import (
     QuarantinedRow,
     Snapshot,
 )
-from kbsync.plan import HeldChange, Plan, PlannedEdit, Retraction, check_edits, check_guard, make_plan
+from kbsync.plan import HeldChange, Plan, PlannedEdit, Retraction, carried, check_edits, check_guard, make_plan
 from kbsync.policy import Guard, Policy, render
 from kbsync.resolve import Context, resolve
 from tests import ledgers
@@ -149,12 +149,19 @@ def test_what_shares_its_column_with_a_fact_that_stays_is_retracted_with_it() ->
     )
 
 
+def test_what_shares_its_column_with_a_fact_of_another_policy_stays() -> None:
+    """Its column is not this policy's to take out."""
+    applied = in_weights(fact("Ann", "Rome"))
+    applied[FactKey("mayor", "s:1")] = applied[ANN]
+    assert plan_of({}, applied).empty
+
+
 def test_relations_of_other_policies_are_left_alone() -> None:
     """Neither retracted nor added."""
     stranger = replace(fact("Ann", "Rome"), relation="mayor")
     applied = {stranger.key: in_weights(fact("Ann", "Rome"))[ANN]}
-    assert plan_of({}, applied).empty
-    assert plan_of(state(stranger), {}).empty
+    assert plan_of({}, applied) == Plan("m", 3)
+    assert plan_of(state(stranger), {}) == Plan("m", 3)
 
 
 def test_protected_subjects_are_never_touched() -> None:
@@ -166,6 +173,17 @@ def test_protected_subjects_are_never_touched() -> None:
     assert plan_of(state(fact("Ann", "Oslo")), {}, policy=policy) == Plan("m", 3)
 
 
+def test_an_inverse_fact_is_planned_like_any() -> None:
+    """Nothing protects its subject or skips it."""
+    policy = policy_of(relation={"inverse": {"relation": "holder", "prompt": "In {subject} lives"}})
+    direct = fact("Ann", "Rome")
+    inverse = replace(direct, relation="holder", subject=direct.object, object=direct.subject)
+    assert kinds(plan_of(state(direct, inverse), {}, policy=policy)) == {
+        ANN: ("added", None, "Rome"),
+        inverse.key: ("added", None, "Ann"),
+    }
+
+
 def test_known_facts_are_skipped_only_where_the_relation_says_so() -> None:
     """What the base answers by itself costs no capacity; an older object in its way is taken out."""
     new, old = fact("Ann", "Oslo"), in_weights(fact("Ann", "Rome"))
@@ -173,6 +191,7 @@ def test_known_facts_are_skipped_only_where_the_relation_says_so() -> None:
     assert not plan_of(state(new), {}, known=known).known
     skipping = policy_of(relation={"skip_known": True})
     assert plan_of(state(new), {}, policy=skipping, known=known) == Plan("m", 3, known=(ANN,))
+    assert list(kinds(plan_of(state(fact("Bob", "Bonn")), {}, policy=skipping, known=known))) == [BOB]
     plan = plan_of(state(new), old, policy=skipping, known=known)
     assert (plan.known, plan.edits, [gone.key for gone in plan.retractions]) == ((ANN,), (), [ANN])
     assert plan_of(state(new), in_weights(new), policy=skipping, known=known).known == ()
@@ -261,6 +280,16 @@ def test_holds_of_other_relations_do_not_matter() -> None:
     assert plan_of({}, {}, [stranger]) == Plan("m", 3)
 
 
+def test_a_rebase_carries_what_the_weights_hold() -> None:
+    """With the origin of a fact that says the same, and without one where the weights are frozen at another object."""
+    held = in_weights(fact("Ann", "Rome"), fact("Bob", "Oslo"), fact("Cid", "Bonn"))
+    carry = carried(held, state(fact("Ann", "Rome"), fact("Bob", "Rome"), fact("Dan", "Rome")))
+    assert [(edit.request, edit.kind, edit.replaces, edit.object_id) for edit in carry] == [
+        (held[key].request, "kept", held[key], held[key].object_id) for key in sorted(held)
+    ]
+    assert [edit.source for edit in carry] == ["alpha", "", ""]
+
+
 # The plan as a value -----------------------------------------------------------------------------------------------
 
 
@@ -295,6 +324,11 @@ def test_a_plan_is_json() -> None:
         "relation": "place", "subject_id": "s:Dan", "frozen": None, "wanted": "o:Rome", "reason": "rollback"
     }  # fmt: skip
     assert shown["digest"] == big_plan().digest
+    (blocked,) = plan_of(state(fact("is", "Rome")), {}).to_json()["blocked"]
+    assert blocked == {
+        "relation": "place", "subject_id": "s:is", "target": "Rome",
+        "reason": "the prompt 'is is in' has the subject 'is' 2 times"
+    }  # fmt: skip
 
 
 def test_a_version_takes_the_first_edits_and_all_retractions() -> None:
@@ -421,6 +455,10 @@ def test_a_guard_tells_the_numbers() -> None:
     """What a person needs to approve or reject."""
     (reason,) = check_guard(ledgers.difference(BEFORE, snapshot(rows(range(11, 100)))), Guard())
     assert reason == "alpha: 11 of 100 subjects removed (11.0%), max_removed is 10.0%"
+    short = ledgers.difference(BEFORE, snapshot(rows(range(49))))
+    assert check_guard(short, Guard.model_validate({"max_removed": "100%"})) == [
+        "alpha: 49 of 100 good rows (49.0%), min_rows is 50.0%"
+    ]
 
 
 @pytest.mark.parametrize(("limit", "held"), [(5, False), (4, False), (3, True)])

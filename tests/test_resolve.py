@@ -212,6 +212,12 @@ def test_a_relation_of_many_has_no_facts() -> None:
     assert resolve([claim("Ann", "Rome")], facts_of(claim("Ann", "Rome")), policy) == Resolution({}, (), ())
 
 
+def test_the_fact_of_a_quorum_is_the_first_source_s() -> None:
+    """In the policy's order, as everywhere."""
+    said = [claim("Ann", "Rome", source=source) for source in ("gamma", "beta", "alpha")]
+    assert resolve(said, {}, policy_of(**THREE, precedence="quorum(2)")).facts[ANN].source == "alpha"
+
+
 # Confirmation ------------------------------------------------------------------------------------------------------
 
 TWICE = {"confirm": {"fetches": 2}}
@@ -289,6 +295,14 @@ def test_a_change_that_is_taken_back_before_it_counts_was_none() -> None:
     assert waiting(resolve([rome], withdrawn, policy_of(**TWICE))) == (ANN,)
 
 
+def test_what_was_said_once_does_not_respell_the_fact_either() -> None:
+    """The object is the fact's, its new name is not confirmed."""
+    rome = claim("Ann", "Rome")
+    roma = replace(rome, object=Entity("o:Rome", "Roma"))
+    assert resolve([roma], facts_of(rome), policy_of(**TWICE)) == Resolution(facts_of(rome), (), ())
+    assert resolve([replace(roma, seen=2)], facts_of(rome), policy_of(**TWICE)).facts == facts_of(roma)
+
+
 WEEK = {"confirm": {"flip_flop": "7d"}}
 
 
@@ -302,7 +316,8 @@ def test_a_change_back_waits_until_the_window_has_passed() -> None:
     )
     assert objects(resolve([claim("Ann", "Rome")], old, policy_of(**WEEK))) == {ANN: "Rome"}
     assert objects(resolve([claim("Ann", "Bonn")], old, policy_of(**WEEK), recent)) == {ANN: "Bonn"}
-    assert resolve([claim("Ann", "Oslo")], old, policy_of(**WEEK), recent).pending == ()
+    again = Context(recent={ANN: frozenset({"o:Rome", "o:Oslo"})})
+    assert resolve([claim("Ann", "Oslo")], old, policy_of(**WEEK), again).pending == ()
 
 
 def test_what_left_and_comes_back_within_the_window_waits_too() -> None:
@@ -319,6 +334,13 @@ def test_a_ruling_ends_the_wait() -> None:
     policy = policy_of(confirm={"fetches": 2, "flip_flop": "7d"})
     resolution = resolve([claim("Ann", "Rome")], old, policy, context)
     assert (objects(resolution), resolution.pending) == ({ANN: "Rome"}, ())
+
+
+def test_a_ruling_confirms_no_other_object() -> None:
+    """One that it knew nothing of waits like any, before it is a conflict."""
+    said, context = [claim("Ann", "Rome"), claim("Ann", "Oslo")], Context(rulings={ANN: Ruling("o:Rome")})
+    resolution = resolve(said, facts_of(claim("Ann", "Rome")), policy_of(**TWICE), context)
+    assert (objects(resolution), resolution.conflicts, waiting(resolution)) == ({ANN: "Rome"}, (), (ANN,))
 
 
 # Rulings and preferences -------------------------------------------------------------------------------------------
@@ -543,6 +565,14 @@ def test_a_withdrawn_fact_that_comes_back_under_a_taken_name_stays_withdrawn() -
     resolution = resolve([written(claim("Ann", "Rome"), "Bob"), bob], old | facts_of(bob), policy_of())
     assert resolution.facts == old | facts_of(bob)
     assert kinds(resolution) == {ANN: "prompt", BOB: "prompt"}
+
+
+def test_a_withdrawn_fact_that_cannot_come_back_gives_way_too() -> None:
+    """Its old words are free for a live fact."""
+    ann, bob, cid = claim("Ann", "Rome"), claim("Bob", "Oslo"), written(claim("Cid", "Bonn"), "Ann")
+    old = facts_of(ann, status="withdrawn") | facts_of(bob)
+    resolution = resolve([written(ann, "Bob"), bob, cid], old, policy_of())
+    assert (resolution.facts, kinds(resolution)) == (facts_of(bob, cid), {ANN: "prompt", BOB: "prompt"})
 
 
 def test_a_withdrawn_fact_stays_where_the_live_ones_block_each_other() -> None:
