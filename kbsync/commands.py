@@ -18,7 +18,7 @@ from kbsync.errors import Busy, UsageError
 from kbsync.facts import FactKey
 from kbsync.garbage import collect, retire
 from kbsync.lock import writer_lock
-from kbsync.plan_document import read_plans
+from kbsync.plan_document import PlanDocument, read_plans
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast, rebase
 from kbsync.reconcile import Reconciler, open_workspace
@@ -42,14 +42,17 @@ def _reports(reports: Iterable[Report]) -> dict[str, Any]:
 
 
 def _sync(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    policies, reviewed = arguments.get("policies", []), arguments.get("reviewed")
-    if reviewed is None:
-        return _reports(reconciler.sync(policies))
-    return _reports(reconciler.sync(policies, reviewed=read_plans(reviewed)))
+    return _reports(reconciler.sync(arguments.get("policies", []), reviewed=_reviewed(arguments)))
 
 
 def _plan(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return _reports(reconciler.plan(arguments.get("policies", [])))
+    return _reports(reconciler.plan(arguments.get("policies", []), reviewed=_reviewed(arguments)))
+
+
+def _reviewed(arguments: Mapping[str, Any]) -> list[PlanDocument] | None:
+    """The documents of a plan file, where one was given."""
+    reviewed = arguments.get("reviewed")
+    return None if reviewed is None else read_plans(reviewed)
 
 
 def _replay(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ KbsyncError                     exit 1
 │   └── Inseparable             a fact cannot leave the weights alone, only by inserting all others anew
 ├── Busy                        another process holds the workspace
 ├── Cancelled                   stopped on request; put back for the next pass
+├── Moved                       a reviewed plan is no longer what would be done
 ├── Held                        exit 3   waits for `kbsync approve` or `kbsync reject`
 └── GateRejected                exit 4   edited, probed, and not good enough to publish
 """
@@ -36,6 +37,7 @@ __all__ = [
     "KbsyncError",
     "LedgerError",
     "ModelError",
+    "Moved",
     "SourceBlocked",
     "SourceError",
     "SourceInvalid",
@@ -150,6 +152,10 @@ class Busy(KbsyncError):
 
 class Cancelled(KbsyncError):
     """Stopped on request (a rollback, SIGTERM); the next pass plans the work again."""
+
+
+class Moved(KbsyncError):
+    """The world is not the one that a plan was reviewed in: nothing was done, and the plan is to be made anew."""
 
 
 class Held(KbsyncError):

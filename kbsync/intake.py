@@ -9,7 +9,8 @@ All of it happens in the caller's transaction, so that a held run or a dry run c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kbsync.facts import Change, Claim, Fact, FactKey, Snapshot
@@ -27,9 +28,11 @@ LISTED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """What the ledger made of some snapshots: `reasons` are the guard's for holding them."""
+    """What the ledger made of some snapshots: `reasons` are the guard's for holding them; `kinds` counts all changes,
+    those that are not listed included."""
 
     changes: Sequence[Change]
+    kinds: Mapping[str, int]
     counts: dict[str, int]
     reasons: list[str]
 
@@ -45,12 +48,13 @@ def take_in(db: Writer, policy: Policy, run: int, snapshots: Sequence[Snapshot])
             reasons += check_guard(recorded.difference, policy.guard)
         for name in counts:
             counts[name] += getattr(recorded, name)
-    changes, decided = _decide(db, policy, run)
-    return Intake(changes, counts | decided, reasons)
+    changes, kinds, decided = _decide(db, policy, run)
+    return Intake(changes, kinds, counts | decided, reasons)
 
 
-def _decide(db: Writer, policy: Policy, run: int) -> tuple[list[Change], dict[str, int]]:
-    """Decide the keys that may have changed; the changes (of the obvious ones only the first LISTED), and counts."""
+def _decide(db: Writer, policy: Policy, run: int) -> tuple[list[Change], Counter[str], dict[str, int]]:
+    """Decide the keys that may have changed; the changes (of the obvious ones only the first LISTED), and counts: of
+    all changes by kind, and of what was decided."""
     relations, undecided = tuple(policy.wording()), db.narrow(run, policy)
     added = db.begun(run, LISTED) if undecided.accepted else []
     keys, claims, facts = _weighed(db, policy, undecided.keys)
@@ -58,12 +62,14 @@ def _decide(db: Writer, policy: Policy, run: int) -> tuple[list[Change], dict[st
     db.set_waiting(run, resolution.pending, relations, keys)
     changes = db.apply(run, resolution.facts, resolution.conflicts, relations, keys)
     db.note_decided(run, policy)
+    kinds = Counter(str(change.kind) for change in changes)
+    kinds.update(added=undecided.accepted)
     counts = {
-        "changes": len(changes) + undecided.accepted,
+        "changes": kinds.total(),
         "conflicts": len(resolution.conflicts),
         "pending": len(resolution.pending),
     }
-    return sorted([*added, *changes], key=lambda change: change.key), counts
+    return sorted([*added, *changes], key=lambda change: change.key), +kinds, counts
 
 
 def _weighed(

@@ -2,19 +2,18 @@
 
 document = document_of(plan, policy="astronomy", guard=reasons, …)
 document.model_dump(mode="json")        # the same plan gives the same JSON; docs/plan.schema.json describes it
-moved(document, plan)                   # how the world differs from what was reviewed, in words; [] where it does not
+moved(document, now)                    # how the world differs from what was reviewed, in words; [] where it does not
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kbsync.errors import UsageError
-from kbsync.facts import Change, Conflict, FactKey, Snapshot, Waiting
+from kbsync.facts import Change, Conflict, FactKey, Snapshot, Waiting, digest_of
 from kbsync.plan import Blocked, HeldChange, Plan, PlannedEdit, Retraction
 
 __all__ = ["CapacityForecast", "Cost", "PlanDocument", "PlanFile", "TargetCount", "document_of", "moved", "read_plans"]
@@ -63,6 +62,16 @@ class HeldRow(KeyRow):
     frozen: str | None
     wanted: str | None
     reason: str
+
+
+class ChangeRow(KeyRow):
+    """A change of the ledger's facts. `object_id`: of the fact as it would be; of one that is to go, as it is."""
+
+    kind: str
+    subject: str
+    before: str | None
+    after: str | None
+    object_id: str
 
 
 class BlockedRow(KeyRow):
@@ -131,9 +140,9 @@ class Cost(_Value):
 class PlanDocument(_Value):
     """What one policy's pass would do to the version `head` of `model`, all lists sorted by key.
 
-    `policy` is null where a rebase or an undo made the plan. `digest` covers what would happen to the weights and the
-    holds; `facts` counts what would change in the ledger; `guard` says why the run would be held, `rebase` why the
-    version would be made anew from the base.
+    `policy` is null where a rebase or an undo made the plan. `digest` covers what would happen to the weights, to the
+    holds and in the ledger; `facts` counts what changes in the ledger, `ledger` lists it (of a first load not all);
+    `guard` says why the run would be held, `rebase` why the version would be made anew from the base.
     """
 
     document: Literal["kbsync plan"] = "kbsync plan"
@@ -144,6 +153,7 @@ class PlanDocument(_Value):
     digest: str
     sources: list[SourceRow] = Field(default_factory=list)
     facts: dict[str, int] = Field(default_factory=dict)
+    ledger: list[ChangeRow] = Field(default_factory=list)
     adds: list[PlannedRow] = Field(default_factory=list)
     changes: list[PlannedRow] = Field(default_factory=list)
     re_rendered: list[PlannedRow] = Field(default_factory=list)
@@ -209,20 +219,25 @@ def document_of(
     *,
     snapshots: Sequence[Snapshot] = (),
     changes: Sequence[Change] = (),
+    kinds: Mapping[str, int] | None = None,
     conflicts: Sequence[Conflict] = (),
     waiting: Sequence[Waiting] = (),
     guard: Sequence[str] = (),
     rebase: str | None = None,
     cost: Cost | None = None,
 ) -> PlanDocument:
-    """The plan with all that it depends on, in a stable order."""
+    """The plan with all that it depends on, in a stable order. `kinds` counts the changes of the ledger, of which
+    `changes` may be the first only."""
+    kinds = dict(sorted((kinds or {}).items()))
+    ledger = [_changed(change) for change in changes]
     return PlanDocument(
         policy=policy,
         model=plan.model,
         head=plan.head,
-        digest=plan.digest,
+        digest=_digest(plan, ledger, kinds, snapshots),
         sources=[_source(snapshot) for snapshot in sorted(snapshots, key=lambda snapshot: snapshot.source)],
-        facts=dict(sorted(Counter(str(change.kind) for change in changes).items())),
+        facts=kinds,
+        ledger=ledger,
         adds=_planned(plan, "added"),
         changes=_planned(plan, "changed"),
         re_rendered=_planned(plan, "re-rendered"),
@@ -241,6 +256,17 @@ def document_of(
     )
 
 
+def _digest(plan: Plan, ledger: Sequence[ChangeRow], kinds: Mapping[str, int], snapshots: Sequence[Snapshot]) -> str:
+    """The plan's own digest where it changes nothing in the ledger. Changes that are not listed are told by the bodies
+    that they come from."""
+    if not kinds:
+        return plan.digest
+    told = [[row.kind, *row.key, row.object_id] for row in ledger]
+    whole = len(ledger) == sum(kinds.values())
+    bodies = [] if whole else sorted(snapshot.provenance.body_sha256 for snapshot in snapshots)
+    return digest_of([plan.digest, told, dict(kinds), bodies])
+
+
 def read_plans(value: object) -> list[PlanDocument]:
     """The documents of a plan file, as `plan --json` printed it. Raises UsageError where it is none."""
     try:
@@ -251,24 +277,62 @@ def read_plans(value: object) -> list[PlanDocument]:
         raise UsageError(f"no plan of this kbsync: {place}: {first['msg']}", hint="kbsync plan --out FILE") from None
 
 
+_TOLD_APART: dict[str, Any] = {
+    **dict.fromkeys(("guard", "rebase", "cost"), True),
+    "sources": {"__all__": {"not_modified", "body_sha256"}},
+}
+"""What may be otherwise without another plan: a guard with another reason holds the run by itself, and a source may
+have another body as long as everything that follows from it is the same."""
+
+
 def moved(reviewed: PlanDocument, now: PlanDocument) -> list[str]:
     """How the plan of now differs from the one that was reviewed; [] where carrying it out would do just that."""
-    if reviewed.digest == now.digest:
+    if reviewed.model_dump(exclude=_TOLD_APART) == now.model_dump(exclude=_TOLD_APART):
         return []
     if reviewed.model != now.model:
         return [f"the model was {reviewed.model} and is {now.model} now"]
     found = [f"HEAD has moved from version {reviewed.head} to {now.head}"] if reviewed.head != now.head else []
+    found += _moved_rows(reviewed, now)
+    for part in ("ledger", "known", "held", "ended_holds", "conflicts", "waiting", "blocked"):
+        found += _moved_part(part, getattr(reviewed, part), getattr(now, part))
+    then, today = ({row.source for row in document.sources} for document in (reviewed, now))
+    found += [f"the source {name} was {'not read' if name in today else 'read'}" for name in sorted(then ^ today)]
+    return found or ["it is not as kbsync wrote it, or of a first load that has changed"]
+
+
+def _moved_rows(reviewed: PlanDocument, now: PlanDocument) -> Iterator[str]:
     then, today = _content(reviewed), _content(now)
     for key in sorted(then.keys() | today.keys()):
-        if then.get(key) != today.get(key):
-            was, is_ = reviewed.rows.get(key, "not in the plan"), now.rows.get(key, "not in the plan")
-            found.append(f"{key.relation} of {key.subject}: was {was}, is {is_} now")
-    return found or ["the holds that it ends are others"]
+        if then.get(key) == today.get(key):
+            continue
+        was, is_ = reviewed.rows.get(key, "not in the plan"), now.rows.get(key, "not in the plan")
+        said = f"was {was}, is {is_} now" if was != is_ else f"{was}, but the row is another one"
+        yield f"{key.relation} of {key.subject}: {said}"
 
 
-def _content(document: PlanDocument) -> Mapping[FactKey, tuple[str, str]]:
-    edits = {row.key: (row.request, row.object_id) for row in document.edits}
-    return edits | {row.key: ("", row.target) for row in document.retractions}
+def _moved_part(part: str, reviewed: Sequence[KeyRow], now: Sequence[KeyRow]) -> Iterator[str]:
+    then, today = ({(row.key, row.model_dump_json()) for row in rows} for rows in (reviewed, now))
+    for key in sorted({key for key, _ in then ^ today}):
+        yield f"{key.relation} of {key.subject}: its entry in `{part}` is another one"
+
+
+def _content(document: PlanDocument) -> Mapping[FactKey, KeyRow]:
+    rows: list[PlannedRow | RetractedRow] = [*document.edits, *document.retractions]
+    return {row.key: row for row in rows}
+
+
+def _changed(change: Change) -> ChangeRow:
+    fact, before, after = change.after or change.before, change.before, change.after
+    if fact is None:
+        raise ValueError("a change without a fact")
+    return ChangeRow(
+        **_key(change.key).model_dump(),
+        kind=change.kind,
+        subject=fact.subject.label,
+        before=before.object.label if before else None,
+        after=after.object.label if after else None,
+        object_id=fact.object.id,
+    )
 
 
 def _key(key: FactKey) -> KeyRow:

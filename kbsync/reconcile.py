@@ -29,10 +29,10 @@ from kbsync.config import Workspace
 from kbsync.connectors import Connector
 from kbsync.cost import cost_of
 from kbsync.editor.job import ControlFile, EditResult
-from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, SourceError, UsageError
+from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, Moved, SourceError, UsageError
 from kbsync.facts import EditRequest, Provenance, Snapshot
 from kbsync.gate import shortfalls_by_policy
-from kbsync.intake import take_in
+from kbsync.intake import Intake, take_in
 from kbsync.ledger import Ledger
 from kbsync.ledger.reader import Reader
 from kbsync.line import Line
@@ -43,7 +43,16 @@ from kbsync.policy import Policy, render
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast_onto, take_over
 from kbsync.report import Report
-from kbsync.review import Review, held_run, hold_refused, judge_rows, refuse_another, unseen
+from kbsync.review import (
+    Review,
+    held_run,
+    hold_refused,
+    judge_rows,
+    refuse_another,
+    refuse_outdated,
+    reviews_of,
+    unseen,
+)
 from kbsync.versions.files import sweep_temporary
 
 __all__ = ["SCHEDULED", "Reconciler", "open_workspace"]
@@ -118,9 +127,12 @@ class Reconciler:
         found = [render(fact, words[fact.relation]) for fact in db.facts(tuple(words)).values()]
         return [request for request in found if request.digest in known and request.key not in applied]
 
-    def plan(self, names: Collection[str] = ()) -> list[Report]:
+    def plan(self, names: Collection[str] = (), *, reviewed: Sequence[PlanDocument] | None = None) -> list[Report]:
         """What `sync` would do now: fetches and decides, and leaves the ledger as it was."""
-        return self._each(names, self._dry_run)
+        if reviewed is None:
+            return self._each(names, self._dry_run)
+        reviews = reviews_of(reviewed, names)
+        return self._each(reviews, lambda policy, line: self._dry_run(policy, line, reviews[policy.policy]))
 
     def sync(
         self, names: Collection[str] = (), *, trigger: str = "sync", reviewed: Sequence[PlanDocument] | None = None
@@ -130,12 +142,10 @@ class Reconciler:
         `reviewed`: one pass of each policy that has a document, which carries out exactly that plan: where the world
         has moved the report says what, and a guard holds what the document does not show.
         """
-        reviews = {str(one.policy): Review(one, one.digest, one.guard) for one in reviewed or ()}
-        if reviewed is not None:
-            if strangers := set(names) - reviews.keys():
-                raise UsageError(f"the plan has none for policy {min(strangers)}", hint="kbsync plan --out FILE")
-            names = names or reviews.keys()
-        return self._each(names, lambda policy, line: self._pass(policy, line, trigger, reviews.get(policy.policy)))
+        if reviewed is None:
+            return self._each(names, lambda policy, line: self._pass(policy, line, trigger))
+        reviews = reviews_of(reviewed, names)
+        return self._each(reviews, lambda policy, line: self._pass(policy, line, trigger, reviews[policy.policy]))
 
     def replay(self, names: Collection[str] = ()) -> list[Report]:
         """One pass of each policy on the claims that the ledger has: no source is asked. For after a ruling or another
@@ -167,10 +177,12 @@ class Reconciler:
         facts, and holds keep them out of the weights. `only`, `without`: (subject, relation) of the rows to take, or to
         refuse. `digest`: the plan must have it.
 
-        Raises UsageError where the run is not held, the plan is another one or has no such row, or the world has moved.
+        Raises UsageError where the run is not held, the plan is another one or has no such row, and Moved where the
+        world is another one: then the run waits on.
         """
         with self.ledger.write() as db:
             held = held_run(db, run_id, digest)
+            refuse_outdated(db, held)
             if only or without:
                 judge_rows(db, held, only, without, approve=True, user=self.user, reason=reason)
             review = held.review(db.verdicts(run_id).values())
@@ -179,7 +191,7 @@ class Reconciler:
         with self.ledger.write() as db:
             detail = {"plan": review.digest, "refused": [list(key) for key in sorted(review.refused)], "reason": reason}
             db.audit(self.user, "approve", detail, run_id=run_id)
-        return self._finish(policy, line, report)
+        return self._ending(run_id, policy, lambda: self._finish(policy, line, report))
 
     def reject(
         self,
@@ -236,9 +248,9 @@ class Reconciler:
             raise failures[0]
         return snapshots, failures
 
-    def _dry_run(self, policy: Policy, line: Line) -> Report:
+    def _dry_run(self, policy: Policy, line: Line, review: Review | None = None) -> Report:
         snapshots, failures = self._observe_all(policy)
-        report = self._decide(policy, line, snapshots, dry=True)
+        report = self._decide(policy, line, snapshots, review=review, dry=True)
         report.problems.extend(failures)
         return report
 
@@ -253,7 +265,8 @@ class Reconciler:
         with self.ledger.write() as db:
             run_id = db.start_run(policy.policy, model=line.model, trigger=trigger, user=self.user)
             db.set_schedule_state(replace(db.schedule_state(policy.policy), last_started=db.now))
-        try:
+
+        def act() -> Report:
             snapshots, failures = (observe or self._observe_all)(policy)
             report = self._decide(policy, line, snapshots, run_id=run_id, review=review)
             report.problems.extend(failures)
@@ -262,12 +275,20 @@ class Reconciler:
             if trigger == SCHEDULED and self._outside_window():
                 return self._postpone(report)
             return self._finish(policy, line, report)
+
+        return self._ending(run_id, policy, act)
+
+    def _ending(self, run_id: int, policy: Policy, act: Callable[[], Report]) -> Report:
+        """What the act reports; where it cannot go on, the run ends, and the report says why."""
+        try:
+            return act()
         except Cancelled as error:
             self._end(run_id, "cancelled", error.message)
             raise
         except KbsyncError as error:
-            self._end(run_id, "failed", error.message)
-            return Report(policy=policy.policy, status="failed", run_id=run_id, problems=[error])
+            status = "superseded" if isinstance(error, Moved) else "failed"
+            self._end(run_id, status, error.message)
+            return Report(policy=policy.policy, status=status, run_id=run_id, problems=[error])
 
     def _decide(
         self,
@@ -290,21 +311,23 @@ class Reconciler:
             report = Report(policy=policy.policy, run_id=run, changes=taken.changes, plan=plan, counts=taken.counts)
             report.reasons = [*taken.reasons, *check_edits(plan, policy.guard)]
             report.counts |= {"edits": len(plan.edits), "retractions": len(plan.retractions), "held": len(plan.held)}
-            if review is not None:
-                refuse_another(run, policy.policy, review, plan)
             held = bool(unseen(report.reasons, review))
+            if dry or held or review is not None:
+                report.document = self._document(db, policy, snapshots, taken, report)
+            if review is not None and report.document is not None:
+                refuse_another(policy.policy, review, plan, report.document)
             if dry or held:
-                report.document = self._document(db, policy, snapshots, report)
                 db.rollback()
             else:
-                db.unstage(run)
+                db.resume_run(run)
+                db.supersede(run, {snapshot.source for snapshot in snapshots})
                 db.release(line.model, plan.ended_holds)
                 if review is not None and review.refused:
                     hold_refused(db, run, plan, review.refused)
                     report.plan = carrier.plan(db)
         report.run_id = run_id
         report.status = "planned" if dry else "held" if held else "decided"
-        if report.document is not None:
+        if dry or held:
             self._add_cost(line, report)
         if held:
             self._hold_run(run, report, snapshots, dry=dry)
@@ -313,7 +336,9 @@ class Reconciler:
     def _carrier(self, policy: Policy, line: Line) -> Carrier:
         return Carrier(self.ledger, policy, line, self.controls, self.judge)
 
-    def _document(self, db: Reader, policy: Policy, snapshots: Sequence[Snapshot], report: Report) -> PlanDocument:
+    def _document(
+        self, db: Reader, policy: Policy, snapshots: Sequence[Snapshot], taken: Intake, report: Report
+    ) -> PlanDocument:
         """The plan for review; what it costs is added when the transaction is over."""
         if report.plan is None:
             raise ValueError("a report without a plan has no document")
@@ -322,7 +347,8 @@ class Reconciler:
             report.plan,
             policy.policy,
             snapshots=snapshots,
-            changes=report.changes,
+            changes=taken.changes,
+            kinds=taken.kinds,
             conflicts=[row.conflict for row in db.conflicts() if row.conflict.key.relation in relations],
             waiting=[row.waiting for row in db.waiting(relations)],
             guard=report.reasons,

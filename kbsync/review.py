@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
-from kbsync.errors import UsageError
+from kbsync.errors import Moved, UsageError
 from kbsync.facts import FactKey, Hold, Snapshot
 from kbsync.ledger import VerdictRow, Writer
 from kbsync.plan import Plan, PlannedEdit, Retraction
-from kbsync.plan_document import PlanDocument, document_of, moved
+from kbsync.plan_document import PlanDocument, moved
 
-__all__ = ["HeldRun", "Review", "held_run", "hold_refused", "judge_rows", "refuse_another", "unseen"]
+__all__ = [
+    "HeldRun",
+    "Review",
+    "held_run",
+    "hold_refused",
+    "judge_rows",
+    "refuse_another",
+    "refuse_outdated",
+    "reviews_of",
+    "unseen",
+]
 
 SHOWN_MOVES = 5
 """Differences that a refusal names."""
@@ -24,8 +35,9 @@ SHOWN_MOVES = 5
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """A plan that a person has seen and wants carried out: exactly that one. `reasons`: what the guard is known to say
-    (None: whatever it says); `refused`: the rows that are to stay out, each with the evidence for its hold."""
+    """A plan that a person has seen and wants carried out: exactly that one. `document`: None where only the digest of
+    the plan is known. `reasons`: what the guard is known to say (None: whatever it says); `refused`: the rows that are
+    to stay out, each with the evidence for its hold."""
 
     document: PlanDocument | None
     digest: str
@@ -42,6 +54,7 @@ class HeldRun:
     digest: str
     document: PlanDocument | None
     snapshots: Sequence[Snapshot]
+    staged_at: datetime
 
     def review(self, verdicts: Iterable[VerdictRow]) -> Review:
         """The plan without the rows that were refused."""
@@ -60,7 +73,8 @@ def held_run(db: Writer, run: int, digest: str | None = None) -> HeldRun:
         raise UsageError(f"run {run} is not held", hint="kbsync runs")
     if digest is not None and digest != staged.plan_digest:
         raise UsageError(f"run {run}: its plan is {staged.plan_digest}, not {digest}", hint="kbsync holds --json")
-    return HeldRun(run, staged.policy, staged.plan_digest, PlanDocument.read(staged.plan), db.staged(run))
+    document = PlanDocument.read(staged.plan)
+    return HeldRun(run, staged.policy, staged.plan_digest, document, db.staged(run), staged.staged_at)
 
 
 def judge_rows(
@@ -90,14 +104,38 @@ def judge_rows(
     return len(refused)
 
 
-def refuse_another(run: int, policy: str, review: Review, plan: Plan) -> None:
-    """Raise UsageError, naming what has moved, where the plan is not the one that was reviewed."""
-    if plan.digest == review.digest:
+def reviews_of(documents: Sequence[PlanDocument], names: Collection[str]) -> dict[str, Review]:
+    """What the passes of a plan file have to keep to, by policy: of those named, or of all in it. Raises UsageError
+    where it has no plan for one of them or two, or none at all."""
+    reviews = {one.policy: Review(one, one.digest, one.guard) for one in documents if one.policy is not None}
+    if not reviews or len(reviews) < len(documents):
+        what = "two plans for one policy" if reviews else "no plan of a policy"
+        raise UsageError(f"the plan file has {what}", hint="kbsync plan --out FILE")
+    if strangers := set(names) - reviews.keys():
+        raise UsageError(f"the plan has none for policy {min(strangers)}", hint="kbsync plan --out FILE")
+    return {name: review for name, review in reviews.items() if name in (names or reviews)}
+
+
+def refuse_outdated(db: Writer, held: HeldRun) -> None:
+    """Raise Moved where a source that the run read has said something since that was accepted."""
+    if newer := db.accepted_since({snapshot.source for snapshot in held.snapshots}, held.staged_at):
+        raise Moved(
+            f"run {held.run}: what {min(newer)} said later has been accepted since the run was held",
+            hint=f"kbsync sync {held.policy}, or kbsync reject {held.run}",
+        )
+
+
+def refuse_another(policy: str, review: Review, plan: Plan, now: PlanDocument) -> None:
+    """Raise Moved, saying what has moved, where the plan is not the one that was reviewed. `now`: its document."""
+    if review.document is not None:
+        found = moved(review.document, now)
+    else:
+        found = [] if plan.digest == review.digest else ["HEAD or a fact"]
+    if not found:
         return
-    found = moved(review.document, document_of(plan, policy)) if review.document else ["HEAD or a fact"]
     more = f" and {len(found) - SHOWN_MOVES} more" if len(found) > SHOWN_MOVES else ""
-    raise UsageError(
-        f"run {run}: the plan is no longer the one that was reviewed: {'; '.join(found[:SHOWN_MOVES])}{more}",
+    raise Moved(
+        f"policy {policy}: the plan is no longer the one that was reviewed: {'; '.join(found[:SHOWN_MOVES])}{more}",
         hint=f"kbsync plan {policy}, or kbsync sync {policy}",
     )
 

@@ -43,7 +43,7 @@ def test_a_command_that_is_not_known_is_refused(tmp_path: Path) -> None:
 def test_a_defect_inside_a_command_is_not_taken_for_a_missing_argument(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def defect(_reconciler: Reconciler, *_arguments: Any) -> list[Any]:
+    def defect(_reconciler: Reconciler, *_arguments: Any, **_more: Any) -> list[Any]:
         raise KeyError("to")
 
     monkeypatch.setattr(Reconciler, "sync", defect)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from kbsync.commands import execute
-from kbsync.errors import UsageError
-from kbsync.facts import FactKey
-from kbsync.plan_document import PlanDocument, PlanFile, read_plans
+from kbsync.errors import Moved, UsageError
+from kbsync.facts import FactKey, Provenance, Snapshot
+from kbsync.plan import Plan
+from kbsync.plan_document import PlanDocument, PlanFile, document_of, read_plans
 from kbsync.report import Report
 from kbsync.undo import release, rollback
+from tests.ledgers import NOON
+from tests.standin import StandIn
 from tests.workspaces import TestWorkspace, workspace
 
 STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris"}
@@ -250,9 +254,69 @@ def test_an_approval_names_the_key_that_has_moved(held: tuple[TestWorkspace, int
     made, run = held
     with made.open() as reconciler:
         execute(reconciler, "revert", {"key": list(VEGA)})
-        with pytest.raises(UsageError, match="HEAD has moved from version 1 to 2"):
+        with pytest.raises(Moved, match="HEAD has moved from version 1 to 2"):
             reconciler.approve(run)
     assert objects(made) == STARS
+
+
+def test_a_held_run_is_over_once_a_later_pass_has_accepted_what_its_source_says(
+    held: tuple[TestWorkspace, int],
+) -> None:
+    """The source took its change back: approving the old run would bring it in against what the source says now."""
+    made, run = held
+    made.feed(STARS)
+    assert sync(made).status == "done"
+    with made.open() as reconciler:
+        with reconciler.ledger.read() as db:
+            assert (db.run(run).status, db.staged_plans()) == ("superseded", [])
+        with pytest.raises(UsageError, match="is not held"):
+            reconciler.approve(run)
+    assert objects(made) == STARS
+
+
+def test_an_approval_is_refused_where_another_pass_has_accepted_more_of_its_source(
+    held: tuple[TestWorkspace, int],
+) -> None:
+    """A source may serve two policies: only passes of one's own supersede a run. It waits on, and can be rejected."""
+    made, run = held
+    with made.open() as reconciler:
+        with reconciler.ledger.write() as db:
+            [snapshot] = db.staged(run)
+            db.record(db.start_run("other", model=None, trigger="sync", user="test"), snapshot)
+        with pytest.raises(Moved, match="what stars said later has been accepted"):
+            reconciler.approve(run)
+        assert reconciler.reject(run).status == "rejected"
+
+
+def test_an_approved_run_that_dies_has_failed_and_waits_no_more(held: tuple[TestWorkspace, int]) -> None:
+    """What was decided is in the ledger; the next pass edits it."""
+    made, run = held
+    with made.open() as reconciler:
+        reconciler.run_edit = StandIn(dies=True)
+        report = reconciler.approve(run)
+        assert (report.status, report.exit_code) == ("failed", 1)
+        with reconciler.ledger.read() as db:
+            assert (db.run(run).status, db.staged_plan(run)) == ("failed", None)
+    assert objects(made) == CHANGED
+    assert sync(made).counts["edits"] == 3
+
+
+def test_an_approved_run_whose_process_is_killed_is_found_by_the_next_one(held: tuple[TestWorkspace, int]) -> None:
+    """Between the decision and its end the run is `running`, not `held`."""
+    made, run = held
+
+    def killed(*_: object, **__: object) -> NoReturn:
+        raise SystemExit(9)
+
+    with made.open() as reconciler:
+        reconciler.run_edit = killed
+        with pytest.raises(SystemExit):
+            reconciler.approve(run)
+        with reconciler.ledger.read() as db:
+            assert db.run(run).status == "running"
+        reconciler.recover()
+        with reconciler.ledger.read() as db:
+            assert db.run(run).status == "failed"
 
 
 # Reviewed plans ----------------------------------------------------------------------------------------------------
@@ -304,7 +368,7 @@ def test_a_reviewed_plan_is_refused_where_the_world_has_moved_and_says_what(made
     made.feed(CHANGED | {"Vega": "French"})
     with made.open() as reconciler:
         [report] = reconciler.sync(reviewed=plans)
-        assert (report.status, report.exit_code) == ("failed", 2)
+        assert (report.status, report.exit_code, type(report.problems[0])) == ("superseded", 1, Moved)
         assert "constellation of stars:vega: was to become Rome, is to become French now" in report.problems[0].message
         made.feed(CHANGED)
         rollback(reconciler.line(), 0)
@@ -313,6 +377,72 @@ def test_a_reviewed_plan_is_refused_where_the_world_has_moved_and_says_what(made
         with pytest.raises(UsageError, match="has none for policy other"):
             reconciler.sync(["other"], reviewed=plans)
     assert objects(made) == STARS
+
+
+def test_a_plan_file_without_a_plan_syncs_nothing(made: TestWorkspace) -> None:
+    """Nobody has reviewed anything; two plans for one policy are none either."""
+    made.feed(CHANGED)
+    [plan] = documents(made)
+    with made.open() as reconciler:
+        for plans, problem in [([], "no plan of a policy"), ([plan, plan], "two plans for one policy")]:
+            with pytest.raises(UsageError, match=problem):
+                execute(reconciler, "sync", {"reviewed": PlanFile(plans=plans).model_dump(mode="json")})
+            with pytest.raises(UsageError, match=problem):
+                reconciler.plan(reviewed=plans)
+    assert objects(made) == STARS
+
+
+def test_a_plan_file_that_shows_less_than_would_be_done_is_refused(made: TestWorkspace) -> None:
+    """A row was cut out of it: whoever read it has not seen that row."""
+    made.feed(CHANGED)
+    [plan] = documents(made)
+    less = plan.model_copy(update={"changes": [row for row in plan.changes if row.subject != "Vega"]})
+    with made.open() as reconciler:
+        [report] = reconciler.sync(reviewed=[less])
+    assert report.status == "superseded"
+    assert "stars:vega: was not in the plan, is to become Rome now" in report.problems[0].message
+    assert (objects(made), weights(made)) == (STARS, STARS)
+
+
+def test_a_change_of_the_ledger_alone_is_part_of_what_is_reviewed(made: TestWorkspace) -> None:
+    """Facts that a policy keeps when they are withdrawn leave the weights as they are: the document lists them."""
+    [plan] = documents(made)
+    made.feed({star: place for star, place in STARS.items() if star != "Vega"})
+    [now] = documents(made)
+    assert [(row.key, row.kind, row.before, row.after) for row in now.ledger] == [(VEGA, "withdrawn", "Orion", "Orion")]
+    assert (now.rows, now.facts, now.digest != plan.digest) == ({}, {"withdrawn": 1}, True)
+    with made.open() as reconciler:
+        [report] = reconciler.sync(reviewed=[plan])
+        assert "stars:vega: its entry in `ledger` is another one" in report.problems[0].message
+        [report] = reconciler.sync(reviewed=[now])
+        assert report.status == "done"
+        with reconciler.ledger.read() as db:
+            assert db.facts()[VEGA].status == "withdrawn"
+
+
+def test_a_reviewed_plan_is_checked_by_a_dry_run(made: TestWorkspace) -> None:
+    """It says what has moved, and does nothing where nothing has."""
+    made.feed(CHANGED)
+    plans = documents(made)
+    with made.open() as reconciler:
+        assert [report.status for report in reconciler.plan(reviewed=plans)] == ["planned"]
+        made.feed(CHANGED | {"Vega": "French"})
+        [report] = reconciler.plan(reviewed=plans)
+    assert (report.exit_code, type(report.problems[0])) == (1, Moved)
+    assert objects(made) == STARS
+
+
+def test_a_large_first_load_is_counted_whole_and_listed_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not listed is told apart by the body that it comes from."""
+    monkeypatch.setattr("kbsync.intake.LISTED", 2)
+    made = workspace(tmp_path, STARS)
+    [plan] = documents(made)
+    assert (plan.facts, len(plan.ledger)) == ({"added": 3}, 2)
+    bodies = [Snapshot("stars", RELATION, Provenance("stars.csv", NOON, 200, body * 64)) for body in "ab"]
+    plans = [document_of(Plan("m", 0), "sky", kinds={"added": 3}, snapshots=[one]) for one in bodies]
+    assert len({plan.digest for plan in plans}) == 2
 
 
 def test_a_guard_that_the_document_does_not_show_still_holds(made: TestWorkspace) -> None:

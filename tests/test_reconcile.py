@@ -11,7 +11,7 @@ import pytest
 import kbsync
 from kbsync.config import Workspace
 from kbsync.editor.answers import log_probabilities
-from kbsync.errors import BaseMismatch, Cancelled, GateRejected, Held, UsageError
+from kbsync.errors import BaseMismatch, Cancelled, GateRejected, Held, Moved, UsageError
 from kbsync.facts import FactKey
 from kbsync.garbage import collect
 from kbsync.ledger import Ledger
@@ -252,7 +252,7 @@ def test_a_held_plan_is_not_approved_once_head_has_moved_and_rejecting_drops_it(
     held = sync(made)
     with made.open() as reconciler:
         rollback(reconciler.line(), 0)
-        with pytest.raises(UsageError, match="HEAD has moved from version 1 to 0"):
+        with pytest.raises(Moved, match="HEAD has moved from version 1 to 0"):
             reconciler.approve(held.run_id or 0)
         assert reconciler.reject(held.run_id or 0, "vandalism").status == "rejected"
         with reconciler.ledger.read() as db:

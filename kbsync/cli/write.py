@@ -74,7 +74,9 @@ def sync(
         Path | None,
         typer.Option("--plan", help="Apply exactly the plan in this file, or refuse.", metavar="FILE"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `kbsync plan`.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="The same as `kbsync plan`; with --plan, check it.")
+    ] = False,
 ) -> None:
     """Fetch the sources, record what changed, and bring the model in line."""
     arguments: dict[str, Any] = {"policies": policies or []}

@@ -42,6 +42,11 @@ class RunReader(Session):
         query = select(table.c.snapshot).where(table.c.run_id == run_id).order_by(table.c.position)
         return [snapshot_from_text(text) for text in self._connection.scalars(query)]
 
+    def staged_sources(self, run_id: int) -> set[str]:
+        """The sources that a held run read."""
+        table = schema.staged_snapshot
+        return set(self._connection.scalars(select(table.c.source).where(table.c.run_id == run_id)))
+
     def staged_plan(self, run_id: int) -> StagedPlan | None:
         """Why a run is held and what approving it would do; None where it is held no more."""
         plans = self.staged_plans(run_id=run_id)

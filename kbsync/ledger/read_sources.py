@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select
@@ -98,6 +99,12 @@ class SourceReader(Session):
         )
         row = self._connection.execute(query).one_or_none()
         return None if row is None else provenance_of(tuple(row))
+
+    def accepted_since(self, sources: Collection[str], since: datetime) -> set[str]:
+        """Those of the sources of which a fetch was accepted after `since`."""
+        table = schema.fetch
+        query = select(table.c.source).where(table.c.source.in_(sources), table.c.recorded_at > since).distinct()
+        return set(self._connection.scalars(query))
 
     def quarantined(self, source: str | None = None, run_id: int | None = None) -> list[QuarantineRow]:
         """Rows that could not be used: those that sources still have, or all that the fetches of `run_id` had."""

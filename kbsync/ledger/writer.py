@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from datetime import datetime
 from typing import Any
 
@@ -56,6 +56,12 @@ class Writer(Reader, EntityWriter):
         values = {"status": status, "message": message, "counts": {**run.counts, **(counts or {})}}
         statement = update(schema.run).where(schema.run.c.id == run_id)
         self._connection.execute(statement.values(**values, finished_at=self.now))
+
+    def resume_run(self, run_id: int) -> None:
+        """A held run that was approved is `running` again until it ends; what was staged for it is forgotten."""
+        self.unstage(run_id)
+        statement = update(schema.run).where(schema.run.c.id == run_id)
+        self._connection.execute(statement.values(status="running", message="", finished_at=None))
 
     def interrupt_runs(self, message: str) -> int:
         """Runs that still say `running`, though nothing runs: failed, with this message. Their number. For the start
@@ -126,17 +132,23 @@ class Writer(Reader, EntityWriter):
         reasons: Sequence[str],
     ) -> None:
         """Keep what a held run fetched and would do. Earlier held runs of its policy are superseded."""
-        run = self.run(run_id)
-        for earlier in self.runs(limit=None, policy=run.policy, status="held"):
-            if earlier.id != run_id and earlier.policy == run.policy:
-                self.unstage(earlier.id)
-                self.finish_run(earlier.id, "superseded", f"by run {run_id}")
+        self.supersede(run_id)
         self.unstage(run_id)
         values = {"plan": dict(plan), "plan_digest": plan_digest, "reasons": list(reasons), "staged_at": self.now}
         self._connection.execute(insert(schema.staged).values(run_id=run_id, **values))
         for position, snapshot in enumerate(snapshots):
             row = {"run_id": run_id, "position": position, "source": snapshot.source}
             self._connection.execute(insert(schema.staged_snapshot).values(**row, snapshot=snapshot_to_text(snapshot)))
+
+    def supersede(self, run_id: int, sources: Set[str] | None = None) -> None:
+        """Earlier held runs of the run's policy are over; `sources`: only those that read one of these."""
+        run = self.run(run_id)
+        for earlier in self.runs(limit=None, policy=run.policy, status="held"):
+            if earlier.id == run_id or earlier.policy != run.policy:
+                continue
+            if sources is None or not sources.isdisjoint(self.staged_sources(earlier.id)):
+                self.unstage(earlier.id)
+                self.finish_run(earlier.id, "superseded", f"by run {run_id}")
 
     def unstage(self, run_id: int) -> None:
         """Forget what is staged for a run: it was approved, rejected or superseded."""
