@@ -384,3 +384,16 @@ def test_real_stars_are_read(tmp_path: Path) -> None:
     ).fetch(None)
     assert snapshot.rows == 921
     assert snapshot.complete
+
+
+def test_a_header_has_one_spelling(tmp_path: Path) -> None:
+    """Its names are compared in Unicode NFC, as a person sees them, and so is what the source file calls them."""
+    body = "hip,pre\u0301nom,con\n1,Vega,Lyra\n"
+    for name in ("pr\u00e9nom", "pre\u0301nom"):
+        assert pairs(read(tmp_path, body, columns={"subject": name, "object": "con"})) == {"Vega": "Lyra"}
+
+
+def test_a_header_of_many_columns_is_judged_at_once(tmp_path: Path) -> None:
+    """What it repeats is found in one go over them (a slower look would take minutes)."""
+    with pytest.raises(SourceInvalid, match="repeats 'x'"):
+        read(tmp_path, "hip,name,con" + ",x" * 30_000 + "\n")

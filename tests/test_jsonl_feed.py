@@ -116,3 +116,24 @@ def test_every_object_of_texts_comes_back(record: dict[str, str | int | float | 
     for name, value in record.items():
         text = value.strip() if isinstance(value, str) else "" if value is None else json.dumps(value)
         assert lines.column(name)(read_record) == text
+
+
+def test_an_object_of_many_keys_is_judged_at_once(tmp_path: Path) -> None:
+    """The key that comes twice is found in one go over them (a slower look would never end here)."""
+    keys = ", ".join(f'"k{n}": 1' for n in range(400_000))
+    body = f'{{{keys}, "k399999": 2}}\n{{"hip": 1, "name": "Vega", "con": "Lyr"}}\n'
+    assert [reason for _, reason, _ in reasons(read(tmp_path, body, "jsonl"))] == [
+        "is no JSON object: it has the key 'k399999' twice"
+    ]
+
+
+def test_a_text_is_no_longer_than_a_field_of_a_table(tmp_path: Path) -> None:
+    """It waits before anything is done to it; a list of aliases may be long, each of them not."""
+    long = "x" * 200_000
+    columns = {"subject": {"column": "name", "then": "upper"}, "object": "con", "aliases": {"column": "other"}}
+    line = json.dumps({"hip": 1, "name": long, "con": "Lyr", "other": [f"alias {n}" for n in range(20_000)]})
+    (origin, reason, subject) = reasons(read(tmp_path, line, "jsonl", columns=columns))[0]
+    assert (origin, subject) == ("line 1", "hip:1")
+    assert reason == "name has 200,000 characters, more than 131,072"
+    line = json.dumps({"hip": 1, "name": "Vega", "con": "Lyr", "other": ["Wega", long]})
+    assert reasons(read(tmp_path, line, "jsonl", columns=columns))[0][1].startswith("other has 200,000 characters")

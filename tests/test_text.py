@@ -21,13 +21,21 @@ from kbsync.connectors.text import MAX_LENGTH, clean, clean_date, clean_label, l
         ("Bo\u0308otes", "Böotes"),
         ("\u200eVega\u200f", "Vega"),
         ("\u202eageV\u202c", "ageV"),
+        ("Ve\u200bga\ufeff", "Vega"),
+        ("soft\u00adware", "software"),
+        ("Vega" + "".join(chr(0xE0000 + ord(letter)) for letter in "ignore"), "Vega"),
+        ("Vega\U000e0100\ufe0f\u2062\u3164", "Vega"),
+        ("Ve\u200dga \u200c", "Vega"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("ശ്രീ\u200d\u200d", "ശ്രീ\u200d"),
+        ("e\u200d\u0301", "é"),
         ("Vega\n", "Vega"),
         ("参宿四", "参宿四"),
         ('He said "no"; it\'s a <b>', 'He said "no"; it\'s a <b>'),
     ],
 )
 def test_values_have_one_spelling(value: str, text: str) -> None:
-    """NFC, single spaces, no direction marks; everything else stays as it is."""
+    """NFC, single spaces, nothing invisible but the joiners that a script needs; everything else stays as it is."""
     assert clean(value, "the name") == text
 
 
@@ -43,6 +51,8 @@ def test_values_have_one_spelling(value: str, text: str) -> None:
         ("Ve\x85ga", "U\\+0085"),
         ("Ve\ud800ga", "U\\+D800"),
         ("x" * (MAX_LENGTH + 1), "513 characters"),
+        ("\u200b\u00ad", "the name is empty"),
+        ("a" + "\u0301\u0300" * 4_000_000, "8000001 characters"),
     ],
 )
 def test_what_is_no_plain_text_is_refused(value: str, problem: str) -> None:
@@ -60,14 +70,36 @@ def test_braces_in_a_label_are_refused(value: str) -> None:
 
 @pytest.mark.parametrize(
     "date",
-    ["2022", "2022-11", "2022-11-08", "2019-01-20T00:00:00Z", "-0044-03-15T00:00:00Z", "2022-11-08T10:00:00.5+01:00"],
+    [
+        "2022",
+        "2022-11",
+        "2022-11-08",
+        "2022-00-00",
+        "2019-01-20T00:00:00Z",
+        "-0044-03-15T00:00:00Z",
+        "2022-11-08T10:00:00.5+01:00",
+    ],
 )
 def test_iso_dates_stay_as_they_are(date: str) -> None:
     """Dates of any precision are kept as the source wrote them."""
     assert clean_date(date, "the start") == date
 
 
-@pytest.mark.parametrize("date", ["8.11.2022", "11/08/2022", "yesterday", "2022-1-1", "22"])
+@pytest.mark.parametrize(
+    "date",
+    [
+        "8.11.2022",
+        "11/08/2022",
+        "yesterday",
+        "2022-1-1",
+        "22",
+        "2020-99-99",
+        "2020-13",
+        "2020-12-32",
+        "2020-12-01T25:00:00Z",
+        "\u0662\u0660\u0662\u0662",
+    ],
+)
 def test_other_dates_are_refused(date: str) -> None:
     """A date that would not sort is named in the error."""
     with pytest.raises(ValueError, match="ISO 8601"):

@@ -10,6 +10,7 @@ written; null and a key that is absent mean, not given. A line that is no JSON o
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,13 @@ from typing import Any, NoReturn
 from kbsync.connectors.columns import Reader
 from kbsync.connectors.feed import FeedConnector, FeedOptions
 from kbsync.connectors.table import BadTable, missing_columns
+from kbsync.connectors.text import printable
 
 __all__ = ["JsonLines", "JsonLinesConnector", "JsonLinesOptions"]
 
 Object = Mapping[str, Any]
+LONGEST = csv.field_size_limit()
+"""Characters of the longest text, the same as of a field of a CSV feed."""
 KEYS_NAMED = 100
 """How many of the keys that a feed has an error can be about."""
 
@@ -100,9 +104,9 @@ def _reason(error: Exception) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has the key {twice!r} twice")
+        seen = set[str]()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"it has the key {printable(repr(twice), 100)} twice")
     return found
 
 
@@ -148,6 +152,8 @@ def _keys(record: Object, prefix: str = "") -> Iterator[str]:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, str):
+        if len(value) > LONGEST:
+            raise ValueError(f"{name} has {len(value):,} characters, more than {LONGEST:,}")
         return value.strip()
     if value is None:
         return ""

@@ -12,16 +12,19 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from kbsync.connectors.columns import Reader
-from kbsync.connectors.text import printable
+from kbsync.connectors.text import composed, printable
 
 __all__ = ["DELIMITERS", "BadTable", "Table", "missing_columns"]
 
 DELIMITERS = (",", ";", "\t", "|")
 """Tried in this order where none is declared; the first under which the header has every column needed is taken."""
 
+COMPARED = 1_000
+"""So many columns are looked through for one like a missing column."""
 _HEADER_BYTES = 65_536  # how far the header may reach
 _MARK = b"\xef\xbb\xbf"
 
@@ -43,7 +46,7 @@ def missing_columns(wanted: Mapping[str, str], present: Sequence[str], *, place:
     spare = [name for name in present if name not in wanted]
     parts = []
     for name in missing:
-        near = difflib.get_close_matches(name, spare, n=2, cutoff=0.5)
+        near = difflib.get_close_matches(name, spare[:COMPARED], n=2, cutoff=0.5)
         parts.append(f"{name!r} ({wanted[name]})" + (f", near: {_listed(near)}" if near else ""))
     unused = f"; columns that no key names: {_listed(spare)}" if spare else ""
     keys = ", ".join(dict.fromkeys(wanted[name] for name in missing))
@@ -61,6 +64,7 @@ class Table:
 
     def __init__(self, body: bytes, wanted: Mapping[str, str], *, delimiter: str | None = None) -> None:
         self._body = body
+        wanted = {composed(name): key for name, key in wanted.items()}
         if b"\0" in body:
             raise BadTable(_undecodable(body) or f"line {_line(body, body.index(0))}: has a NUL character")
         headers = {mark: _header(body, mark) for mark in ([delimiter] if delimiter else DELIMITERS)}
@@ -71,6 +75,7 @@ class Table:
 
     def column(self, name: str, *, many: bool = False) -> Reader[Sequence[str]]:  # noqa: ARG002 (a field is one text)
         """What reads a column from a record, stripped; of a table without it, empty."""
+        name = composed(name)
         if name not in self.header:
             return lambda _: ""
         index = self.header.index(name)
@@ -129,7 +134,7 @@ def _header(body: bytes, delimiter: str) -> list[str]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for record in reader:
-            names = [name.strip() for name in record]
+            names = [composed(name.strip()) for name in record]
             if any(names):
                 return names
     except csv.Error:
@@ -140,7 +145,7 @@ def _header(body: bytes, delimiter: str) -> list[str]:
 def _check_header(header: Sequence[str], wanted: Mapping[str, str]) -> None:
     if not header:
         raise BadTable("line 1: there is no header")
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    repeated = sorted(name for name, times in Counter(header).items() if times > 1)
     if repeated:
         raise BadTable(f"line 1: the header repeats {_listed(repeated)}")
     if found := missing_columns(wanted, header, place="line 1: the header"):

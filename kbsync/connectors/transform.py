@@ -27,8 +27,8 @@ __all__ = ["WORDS", "Step", "Then"]
 
 PATTERN_MEMORY = 1 << 20
 """Bytes that a compiled pattern may take; RE2 refuses `(((a{1000}){1000}){1000})` by it."""
-SUGGESTED = 1_000
-"""For so many unknown values the nearest known one is looked for; it takes a millisecond each."""
+COMPARISONS = 100_000
+"""So many known values may be compared with unknown ones to find the nearest, all in all some seconds."""
 
 _GROUP = re.compile(r"\{(\d+)\}")
 _DIRECTIVE = re.compile(r"%(.?)")
@@ -169,6 +169,7 @@ class _Lookup:
         self._table = table
         self._known = {name.casefold(): name for name in table}
         self._nearest: dict[str, str] = {}
+        self._left = COMPARISONS
 
     def __call__(self, text: str) -> str:
         meaning = self._table.get(text)
@@ -178,7 +179,8 @@ class _Lookup:
         return meaning
 
     def _near(self, text: str) -> str:
-        if text not in self._nearest and len(self._nearest) < SUGGESTED:
+        if text not in self._nearest and self._left >= len(self._known):
+            self._left -= len(self._known)
             close = difflib.get_close_matches(text[:100].casefold(), self._known, n=1, cutoff=0.5)
             self._nearest[text] = printable(self._known[close[0]], 60) if close else ""
         return self._nearest.get(text, "")

@@ -99,7 +99,7 @@ class _Read:
 
     good: int = 0
     quarantined: list[QuarantinedRow] = field(default_factory=list)
-    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -259,7 +259,7 @@ def _good_rows(snapshot: Snapshot, read: _Read) -> Iterator[Sequence[Any]]:
         elif isinstance(entry, QuarantinedRow):
             read.quarantined.append(entry)
         elif isinstance(entry, Alias):
-            read.aliases[entry.entity_id] = (*read.aliases.get(entry.entity_id, ()), entry.label)
+            read.aliases.setdefault(entry.entity_id, []).append(entry.label)
 
 
 def _match(connection: Connection, fetch: _Fetch) -> tuple[int, int, int]:
