@@ -23,6 +23,7 @@ from kbsync.config import Workspace
 from kbsync.documents import Document, KeyPath, nearest, read_document
 from kbsync.errors import UsageError
 from kbsync.policy import Policy, Relation, Schedule, Source
+from kbsync.references import open_to_others
 from kbsync.schedule import trigger
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Catalog:
                 yield document.note(("source",), "no policy names this source; it is never read")
             if _EXAMPLE_CONTACT.search(str(source.options.get("user_agent", ""))):
                 yield document.note(("user_agent",), "names an example address; put a contact of your own there")
+            if exposed := open_to_others(document.path, source.options):
+                yield document.note((), exposed)
             for warning in self.connector(name).warnings:
                 yield document.note((), warning)
 

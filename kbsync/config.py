@@ -36,7 +36,7 @@ from kbsync.editor.job import ExecutorSettings
 from kbsync.editor.preset import Preset, load_preset
 from kbsync.errors import ConfigError, UsageError
 from kbsync.policy import Seconds
-from kbsync.references import FILE, filled, holds_password
+from kbsync.references import FILE, filled, holds_password, open_to_others
 from kbsync.strategy import Strategy
 
 __all__ = ["CONFIG", "EditWindow", "Settings", "StatisticsSettings", "Workspace", "examples", "time_zone"]
@@ -295,6 +295,8 @@ class Workspace:
         ledger = self.settings.ledger
         if ledger is not None and holds_password(ledger.get_secret_value()):
             found.append(f"{self.root / CONFIG}: ledger: holds a password; write ${{NAME}} or file:PATH instead")
+            if exposed := open_to_others(self.root / CONFIG, ledger.get_secret_value()):
+                found.append(f"{self.root / CONFIG}: ledger: {exposed}")
         executor = self.settings.executor
         if executor.backend == "ray" and executor.address == "local":
             found.append(

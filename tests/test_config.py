@@ -131,9 +131,20 @@ def test_a_secret_that_is_not_there_is_named(tmp_path: Path, value: str, problem
 def test_a_literal_password_is_warned_of_and_never_repeated(tmp_path: Path) -> None:
     """It works, but does not belong there."""
     found = workspace(tmp_path, f"model: m\nledger: postgresql://me:{CANARY}@host/db\n")
+    (tmp_path / "kbsync.yaml").chmod(0o600)
     (warning,) = found.warnings()
     assert "holds a password" in warning
     assert CANARY not in warning + repr(found)
+
+
+def test_a_literal_password_in_a_file_of_all_is_warned_of(tmp_path: Path) -> None:
+    """Other users of the machine can read it."""
+    found = workspace(tmp_path, f"model: m\nledger: postgresql://host/db?user=me&password={CANARY}\n")
+    (tmp_path / "kbsync.yaml").chmod(0o640)
+    first, second = found.warnings()
+    assert "holds a password" in first
+    assert "others can read the file: chmod 600" in second
+    assert CANARY not in first + second
 
 
 @given(st.integers(0, 1439), st.integers(0, 1439), st.datetimes(timezones=st.just(UTC)))

@@ -19,9 +19,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
 import kbsync
 from kbsync.connectors import Options, Place
@@ -36,6 +36,7 @@ from kbsync.connectors.text import printable
 from kbsync.errors import SourceInvalid
 from kbsync.facts import Provenance, Snapshot, digest_of
 from kbsync.policy import Name, Source
+from kbsync.references import holds_password, is_reference, names_secret, redacted
 
 __all__ = ["FeedConnector", "FeedOptions", "Mapped", "Minisign", "Records", "RowOptions"]
 
@@ -51,7 +52,17 @@ _ARCHIVES = (
     "binary/octet-stream",
 )
 """What servers call an archive, or a file that they do not know."""
+_FRAMING = ("connection", "content-length", "host", "transfer-encoding")
 _ENDLESS = "let the server send Content-Length or the file as .gz, or declare `sha256` or `minisign`"
+
+
+def _header_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,100}", value) or value.lower() in _FRAMING:
+        raise ValueError("is no header that a source file may send")
+    return value
+
+
+HeaderName = Annotated[str, AfterValidator(_header_name)]
 
 
 class Minisign(Options):
@@ -99,7 +110,10 @@ class FeedOptions(HttpOptions, RowOptions):
     """Keys of every feed."""
 
     location: str
-    """A path, relative to the source file and inside the allowed folders, or an https URL."""
+    """A path, relative to the source file and inside the allowed folders, or an https URL, with `${NAME}` for secrets
+    in its path or query."""
+    headers: Mapping[HeaderName, SecretStr] = Field(default_factory=dict)
+    """Sent to the server of `location` and to no other: `{Authorization: "Bearer ${TOKEN}"}`, or file:PATH."""
     compression: Compression = "auto"
     sha256: str | None = None
     """64 hex digits that the body must have, or path or URL of a file with them, as sha256sum writes it."""
@@ -201,12 +215,24 @@ class FeedConnector:
     def __init__(self, source: Source, options: FeedOptions, place: Place) -> None:
         self.source = source
         self.options = options
-        self._location = Location(source.source, options.location, options, place, options.digest(source))
+        declaration = options.digest(source)
+        self._location = Location(source.source, options.location, options, place, declaration, options.headers)
 
     @property
     def warnings(self) -> Sequence[str]:
-        """A file that is not there (yet)."""
-        return () if self._location.exists() else (f"location: {self.options.location} does not exist",)
+        """A file that is not there (yet), and secrets that are written out."""
+        absent = () if self._location.exists() else (f"location: {self.options.location} does not exist",)
+        written = (f"{key}: holds a secret; write ${{NAME}} or file:PATH instead" for key in self._written_out())
+        return (*absent, *written)
+
+    def _written_out(self) -> Iterator[str]:
+        options = self.options
+        beside = options.minisign.signature if options.minisign else None
+        urls = {"location": options.location, "sha256": options.sha256, "minisign.signature": beside}
+        yield from (key for key, url in urls.items() if url and is_url(url) and holds_password(url))
+        for name, value in options.headers.items():
+            if names_secret(name) and not is_reference(value.get_secret_value()):
+                yield f"headers.{name}"
 
     def records(self, body: bytes) -> Records[Any]:
         """The records of an unpacked body. Raises BadTable where it is none, or lacks a column."""
@@ -234,7 +260,7 @@ class FeedConnector:
             rows = Mapped(self.source, self.options, self.records(content))
         except (BadArchive, BadSignature, BadTable) as error:
             hint = getattr(error, "hint", "") or "nothing was changed; correct the feed and run `kbsync sync`"
-            raise SourceInvalid(self.source.source, f"{self.options.location}: {error}", hint=hint) from error
+            raise SourceInvalid(self.source.source, f"{redacted(self.options.location)}: {error}", hint=hint) from error
         return snapshot_of(self.source, lambda: rows, provenance)
 
     def _unchanged(self, provenance: Provenance) -> Snapshot:

@@ -13,19 +13,21 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
-from pydantic import ByteSize, ValidationInfo
+from pydantic import ByteSize, SecretStr, ValidationInfo
 
 from kbsync.connectors import Place
 from kbsync.connectors.http import HttpOptions, Reply, check_url, send
 from kbsync.connectors.text import printable
-from kbsync.errors import SourceInvalid, SourceUnavailable
+from kbsync.errors import SourceError, SourceInvalid, SourceUnavailable
 from kbsync.facts import Provenance
+from kbsync.references import FILE, filled, redacted, secrets_of
 
 __all__ = ["Fetched", "Location", "check_location", "is_url"]
 
@@ -56,6 +58,12 @@ class Location:
     options: HttpOptions
     place: Place
     declaration: str | None = None
+    headers: Mapping[str, SecretStr] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """The location as it may be shown and kept: secrets not filled in, no query string."""
+        return redacted(self.location)
 
     @property
     def file(self) -> str:
@@ -75,19 +83,19 @@ class Location:
     def beside(self, other: str) -> Location:
         """A small file that the source names: an address, or a path from where this location's own paths start."""
         if is_url(self.location):
-            other = str(httpx.URL(self.location).join(other))
+            other = urljoin(self.location, other)
         return self._small(other)
 
     def with_suffix(self, suffix: str) -> Location:
         """The small file that has this one's name and `suffix`."""
         if is_url(self.location):
-            url = httpx.URL(self.location)
-            return self._small(str(url.copy_with(path=url.path + suffix)))
+            return self._small(re.sub(r"^[^?#]*", lambda path: path[0] + suffix, self.location))
         return self._small(self.location + suffix)
 
     def _small(self, location: str) -> Location:
         options = self.options.model_copy(update={"max_bytes": min(SMALL_BYTES, self.options.max_bytes)})
-        return Location(self.source, location, options, self.place)
+        ours = is_url(location) and _origin(location) == _origin(self.location)
+        return Location(self.source, location, options, self.place, headers=self.headers if ours else {})
 
     def read(
         self, previous: Provenance | None = None, *, accept: str = "*/*", content_types: Collection[str] = ()
@@ -102,11 +110,11 @@ class Location:
         known = previous if previous and self._vouches_for(previous) else None
         reply = self._ask(known, accept)
         if reply.status == 200 and content_types and reply.content_type not in content_types:
-            problem = f"{self.location}: the answer is {printable(reply.content_type, 60)}, not such a feed"
+            problem = f"{self.shown}: the answer is {printable(reply.content_type, 60)}, not such a feed"
             raise SourceInvalid(self.source, problem, hint=f"see `location` and `type` in {self.file}")
         unchanged = known if reply.status == 304 else None
         provenance = self._provenance(
-            self.location,
+            self.shown,
             unchanged.body_sha256 if unchanged else reply.sha256,
             status=reply.status,
             etag=reply.validator("etag") or (unchanged.etag if unchanged else None),
@@ -116,7 +124,7 @@ class Location:
         return Fetched(None if unchanged else reply.body, provenance, reply.framed)
 
     def _vouches_for(self, previous: Provenance) -> bool:
-        return (previous.location, previous.declaration) == (self.location, self.declaration)
+        return (previous.location, previous.declaration) == (self.shown, self.declaration)
 
     def _ask(self, known: Provenance | None, accept: str) -> Reply:
         headers = {"Accept": accept}
@@ -124,7 +132,27 @@ class Location:
             headers["If-None-Match"] = known.etag
         if known and known.last_modified:
             headers["If-Modified-Since"] = known.last_modified
-        return send(self.source, httpx.Request("GET", self.location, headers=headers), self.options)
+        secrets = secrets_of(self.location)
+        try:
+            for name, value in self.headers.items():
+                headers[name] = self._secret(name, value, secrets)
+            url = check_url(filled(self.location), dict(self.options))
+        except ValueError as error:
+            raise SourceInvalid(self.source, f"{self.shown}: {error}", hint=f"see {self.file}") from None
+        try:
+            return send(self.source, httpx.Request("GET", url, headers=headers), self.options)
+        except SourceError as error:
+            _hide(secrets | {url.partition("?")[2]}, error)
+            raise error from None
+
+    def _secret(self, name: str, value: SecretStr, secrets: set[str]) -> str:
+        """What a header is sent with; added to `secrets`. Raises ValueError, which never has it in it."""
+        text = value.get_secret_value()
+        text = self.place.text(text.removeprefix(FILE)).strip() if text.startswith(FILE) else filled(text)
+        if not (text.isascii() and text.isprintable() and text):
+            raise ValueError(f"the header {name} is empty, or has characters that no header may have")
+        secrets.update((text, text.rpartition(" ")[2], *secrets_of(value.get_secret_value())))
+        return text
 
     def _provenance(
         self,
@@ -170,6 +198,19 @@ class Location:
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise SourceUnavailable(name, f"{location}: was written to while it was read", hint="run `kbsync sync`")
         return path, body
+
+
+def _hide(secrets: Collection[str], error: SourceError) -> None:
+    """Take secrets out of an error: a server may repeat what it was asked."""
+    for secret in secrets:
+        if secret:
+            error.message = error.message.replace(secret, "***")
+    error.args = (error.message,)
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parsed = httpx.URL(url)
+    return parsed.scheme, parsed.host, parsed.port
 
 
 def _content_of(seen: Provenance) -> tuple[str | None, ...]:
