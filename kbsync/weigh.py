@@ -222,7 +222,7 @@ def _vote(key: FactKey, answers: Sequence[_Answer], needed: int) -> Verdict:
             return _first(key, answers[0], "")
         return Verdict(claim=winner[0], rule=f"quorum {len(winner)} of {len(answers)}")
     verdict = _agree(key, [claim for answer in answers for claim in answer.claims])
-    if verdict.conflict or verdict.claim is None:
+    if verdict.claim is None:
         return verdict
     # Without a conflict nobody disagrees, but too few have spoken.
     told = f"{verdict.claim.object.label} is said by {len(answers)} of the {needed} sources that the quorum needs"

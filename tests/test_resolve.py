@@ -649,6 +649,15 @@ def test_an_inverse_conflict_of_many_lists_some() -> None:
     assert "and 30 more" in conflict.reason
 
 
+def test_a_conflict_names_up_to_ten_objects_and_the_first_claims_label() -> None:
+    """Of ten objects none is left to be counted; the reason begins as the claim of the first source writes it."""
+    said = [replace(claim("1", f"{n}", origin=f"line {n}"), subject=Entity("s:1", "Bob")) for n in range(10, 20)]
+    said[0] = replace(said[0], subject=Entity("s:1", "Ann"))
+    (conflict,) = resolve(said, {}, policy_of()).conflicts
+    assert conflict.reason.startswith("Ann has 10 objects: ")
+    assert "more" not in conflict.reason
+
+
 def test_the_inverse_has_its_own_retraction() -> None:
     """The direct fact is kept as withdrawn, which derives nothing; its inverse leaves or is kept by its own rule."""
     old = resolve([claim("Ann", "Rome")], {}, turned()).facts
