@@ -20,7 +20,7 @@ from kbsync.ledger.reader import Reader
 from kbsync.line import Judge, Line
 from kbsync.plan import Plan, make_plan
 from kbsync.plan_document import document_of
-from kbsync.policy import Inverse, Policy, Relation
+from kbsync.policy import SUBJECT, Inverse, Policy, Relation
 from kbsync.report import Report
 
 __all__ = ["Carrier", "skips_known"]
@@ -38,8 +38,9 @@ class Carrier:
 
     def plan(self, db: Reader) -> Plan:
         """What has to be done now."""
-        line, wording = self.line, self.policy.wording()
-        head = db.head(line.model)
+        line = self.line
+        lost = {name: Inverse(relation=name, prompt=SUBJECT) for name in db.lost_relations(self.policy.policy)}
+        wording, head = lost | self.policy.wording(), db.head(line.model)
         return make_plan(
             db.facts(tuple(wording)),
             db.applied(line.model, head),

@@ -49,7 +49,17 @@ def take_in(db: Writer, policy: Policy, run: int, snapshots: Sequence[Snapshot])
         for name in counts:
             counts[name] += getattr(recorded, name)
     changes, kinds, decided = _decide(db, policy, run)
-    return Intake(changes, kinds, counts | decided, reasons)
+    gone = _let_go(db, policy, run)
+    for relation, facts in Counter(change.key.relation for change in gone).items():
+        reasons.append(f"relation {relation} is kept by no policy any more: {facts} facts leave")
+    kinds.update(str(change.kind) for change in gone)
+    return Intake([*changes, *gone], kinds, counts | decided | {"changes": kinds.total()}, reasons)
+
+
+def _let_go(db: Writer, policy: Policy, run: int) -> list[Change]:
+    """End the facts of the relations that the policy was the last to keep. A guard always holds that."""
+    lost = db.lost_relations(policy.policy)
+    return db.apply(run, {}, [], lost) if lost else []
 
 
 def _decide(db: Writer, policy: Policy, run: int) -> tuple[list[Change], Counter[str], dict[str, int]]:

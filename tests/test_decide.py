@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from typer.testing import CliRunner
 
+from kbsync.cli import app
 from kbsync.commands import execute
 from kbsync.errors import Moved, UsageError
 from kbsync.facts import FactKey, Provenance, Snapshot
@@ -105,7 +107,9 @@ def test_a_relation_that_no_policy_keeps_leaves_no_conflict_behind(made: TestWor
     with made.open() as reconciler, reconciler.ledger.read() as db:
         assert [row.conflict.key.relation for row in db.conflicts()] == ["star"]
     made.policy()
-    sync(made)
+    held = sync(made)
+    with made.open() as reconciler:
+        reconciler.approve(held.run_id or 0)
     with made.open() as reconciler, reconciler.ledger.read() as db:
         assert db.conflicts() == []
         assert [row.closed_run_id for row in db.conflicts(open_only=False)] == [3]
@@ -488,3 +492,48 @@ def test_a_source_is_read_anew_and_its_mended_rows_come_in(made: TestWorkspace) 
         assert (report["status"], report["counts"]["quarantined"], report["versions"]) == ("done", 0, [2])
         with pytest.raises(UsageError, match="no policy names the source"):
             reconciler.refetch("stras")
+
+
+# Relations that no policy keeps any more ---------------------------------------------------------------------------
+
+
+def test_a_dropped_relation_leaves_ledger_and_weights_once_a_person_approves(tmp_path: Path) -> None:
+    """Until then every pass is held, with the number of facts that would leave; afterwards nothing is left to say."""
+    stars, turned = {"Rome": "Orion", "French": "Lyra"}, {"Orion": "Rome", "Lyra": "French"}
+    made = workspace(tmp_path, stars)
+    made.policy("    inverse: {relation: star, prompt: 'Who is in {subject}'}")
+    assert sync(made).status == "done"
+    assert objects(made) == weights(made) == stars | turned
+    made.policy()
+    for _ in range(2):
+        held = sync(made)
+        assert held.status == "held"
+        assert held.reasons == ["relation star is kept by no policy any more: 2 facts leave"]
+    assert objects(made) == weights(made) == stars | turned
+    with made.open() as reconciler:
+        report = reconciler.approve(held.run_id or 0)
+    assert report.status == "done"
+    assert objects(made) == weights(made) == stars
+    assert sync(made).reasons == []
+
+
+def test_facts_that_no_policy_keeps_are_named_with_what_to_do(made: TestWorkspace) -> None:
+    """By `check` and `status`: of a policy that is there, and of one that is gone."""
+    made.policy("    inverse: {relation: star, prompt: 'A star of {subject} is'}")
+    sync(made)
+    made.policy()
+    said = "relation star is kept by no policy any more; its 3 facts stay as they are"
+    for command in ("check", "status"):
+        [warning] = warnings(made, command)
+        assert warning == f"{said} until a person lets them go: kbsync sync sky, then kbsync approve"
+    (made.root / "policies" / "sky.yaml").unlink()
+    for command in ("check", "status"):
+        found = [line for line in warnings(made, command) if "kept by no policy" in line]
+        assert found[-1] == f"{said}; keep it in policy sky again, or take it out of there and kbsync sync"
+
+
+def warnings(made: TestWorkspace, command: str) -> list[str]:
+    """What a command warns of."""
+    result = CliRunner().invoke(app, [command, "-w", str(made.root), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    return [str(one) for one in json.loads(result.stdout)["warnings"]]

@@ -276,8 +276,25 @@ def test_the_conflicts_of_a_relation_that_was_away_come_back(tmp_path: Path) -> 
     with opened(tmp_path) as ledger:
         take(ledger, policy, said("alpha", *CROWD, claim("Ann1", "Oslo")))
         with ledger.write() as db:
-            db.abandon(db.start_run("q", model=None, trigger="sync", user="me"), ["other"])
+            run = db.start_run("q", model=None, trigger="sync", user="me")
+            db.abandon(run, ["other"])
             assert not db.conflicts()
+            db.abandon(run, ["other", "place"])
         take(ledger, policy)
         with ledger.read() as db:
             assert [row.conflict.key for row in db.conflicts()] == [CROWD[1].key]
+
+
+def test_facts_leave_with_the_policy_that_kept_them_unless_another_keeps_them_now(tmp_path: Path) -> None:
+    """A relation that nobody kept for a while, and that is kept again, loses nothing."""
+    policy = policy_of()
+    with opened(tmp_path) as ledger:
+        take(ledger, policy, said("alpha", *CROWD))
+        for kept, lost in (["other"], ["place"]), (["other", "place"], []):
+            with ledger.write() as db:
+                db.abandon(db.start_run("q", model=None, trigger="sync", user="me"), kept)
+                assert (db.lost_relations("p"), db.lost_relations("q")) == (lost, [])
+                assert [one.relation for one in db.orphans(kept)] == lost
+        take(ledger, policy)
+        with ledger.read() as db:
+            assert len(db.facts()) == len(CROWD)

@@ -15,6 +15,7 @@ from rich.markup import escape
 from kbsync.cli.common import AsJson, Root, bars, emit, opened, say, table
 
 if TYPE_CHECKING:
+    from kbsync.catalog import Catalog
     from kbsync.config import Workspace
     from kbsync.editor.model import Base
     from kbsync.editor.preset import Preset
@@ -48,14 +49,28 @@ def check(root: Root = Path(), as_json: AsJson = False) -> None:
     from kbsync.catalog import load_catalog
     from kbsync.config import Workspace
 
-    catalog = load_catalog(Workspace.load(root))
-    warnings = catalog.check()
+    workspace = Workspace.load(root)
+    catalog = load_catalog(workspace)
+    warnings = [*catalog.check(), *_orphans(workspace, catalog)]
     if as_json:
         return emit({"sources": sorted(catalog.sources), "policies": sorted(catalog.policies), "warnings": warnings})
     say(f"{len(catalog.sources)} sources, {len(catalog.policies)} policies: sound")
     for warning in warnings:
         say(f"[yellow]warning:[/] {escape(warning)}")
     return None
+
+
+def _orphans(workspace: Workspace, catalog: Catalog) -> list[str]:
+    """What is still in the ledger and kept by no policy; nothing where there is no ledger yet."""
+    from kbsync.errors import LedgerError
+    from kbsync.ledger import Ledger
+
+    try:
+        ledger = Ledger.open(workspace.ledger_url, create=False)
+    except LedgerError:
+        return []
+    with ledger, ledger.read() as db:
+        return [one.warning(catalog.policies) for one in db.orphans(catalog.relations)]
 
 
 @app.command()

@@ -38,6 +38,8 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
     times = ("last_started", "last_ok", "next_due")
     rows = ((p["policy"], *((p[name] or "")[:16] for name in times), p["state"]) for p in found["policies"])
     table("policies", columns, rows)
+    for warning in found["warnings"]:
+        say(f"[yellow]warning:[/] {escape(warning)}")
     for source in found["sources"]:
         say(f"[yellow]source {escape(source['source'])}[/]: {escape(source['last_error'])}")
     return None
@@ -64,6 +66,7 @@ def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
         "writer": held_by(workspace.lock),
         "policies": [_policy_state(name, db) for name in sorted(catalog.policies)],
         "sources": [asdict(state) for state in states if state.failures],
+        "warnings": [one.warning(catalog.policies) for one in db.orphans(catalog.relations)],
     }
 
 

@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 
 from kbsync.facts import Claim, FactKey, Ruling, Waiting
 from kbsync.ledger import schema
 from kbsync.ledger.database import pages
 from kbsync.ledger.read_sources import SourceReader
-from kbsync.ledger.records import PlanRow, RulingRow, VerdictRow, WaitingRow
+from kbsync.ledger.records import Orphan, PlanRow, RulingRow, VerdictRow, WaitingRow
 
 __all__ = ["DecisionReader"]
 
@@ -52,6 +52,24 @@ class DecisionReader(SourceReader):
         end that, and those that anybody ever ruled on."""
         waits = {row.waiting.key for row in self.waiting(relations)}
         return waits | {row.key for row in self.rulings(relations, open_only=False)}
+
+    def lost_relations(self, policy: str) -> list[str]:
+        """The relations that a policy was the last to decide, and that `abandon` found to be kept by none."""
+        table = schema.policy_state
+        query = select(table.c.relation).where(table.c.policy == policy, table.c.digest == "")
+        return list(self._connection.scalars(query.order_by(table.c.relation)))
+
+    def orphans(self, kept: Collection[str]) -> list[Orphan]:
+        """The relations other than those `kept` that have live facts."""
+        fact, state = schema.fact, schema.policy_state
+        query = (
+            select(fact.c.relation, func.count(), func.max(state.c.policy))
+            .outerjoin(state, state.c.relation == fact.c.relation)
+            .where(fact.c.relation.not_in(kept), fact.c.until.is_(None))
+            .group_by(fact.c.relation)
+            .order_by(fact.c.relation)
+        )
+        return [Orphan(*row) for row in self._connection.execute(query)]
 
     def recent_objects(
         self, relations: Collection[str], since: datetime, keys: Collection[FactKey] | None = None

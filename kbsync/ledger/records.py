@@ -6,7 +6,7 @@ None: still), `Claim.start`/`Claim.end` what the source says about the world.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -21,6 +21,7 @@ __all__ = [
     "HeadMove",
     "HoldRow",
     "ModelRow",
+    "Orphan",
     "Placement",
     "PlanRow",
     "ProbeRow",
@@ -109,6 +110,23 @@ class ConflictRow:
     opened_at: datetime
     closed_run_id: int | None
     closed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A relation with live facts that no policy keeps any more; `policy`: who last decided it, where that is known."""
+
+    relation: str
+    facts: int
+    policy: str | None
+
+    def warning(self, policies: Collection[str]) -> str:
+        """What is so, and what to do next, given the names of the policies that there are."""
+        said = f"relation {self.relation} is kept by no policy any more; its {self.facts} facts stay as they are"
+        if self.policy in policies:
+            return f"{said} until a person lets them go: kbsync sync {self.policy}, then kbsync approve"
+        owner = f"policy {self.policy}" if self.policy else "a policy"
+        return f"{said}; keep it in {owner} again, or take it out of there and kbsync sync"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 
 from kbsync.errors import UsageError
 from kbsync.facts import FactKey, Ruling, Waiting
@@ -71,6 +71,7 @@ class DecisionWriter(DecisionReader, Auditor):
             statement = update(table).where(table.c.relation.not_in(kept), table.c[ended].is_(None))
             self._connection.execute(statement.values({ended: self.now, by: run_id}))
         state = schema.policy_state
+        self._connection.execute(delete(state).where(state.c.relation.in_(kept), state.c.digest == ""))
         self._connection.execute(update(state).where(state.c.relation.not_in(kept)).values(digest=""))
 
     def rule(self, key: FactKey, ruling: Ruling, *, user: str) -> None:
