@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
 
+from kbsync.connectors.text import printable
 from kbsync.errors import UsageError
 from kbsync.ledger.records import FactRow
 
@@ -44,8 +46,10 @@ COLUMNS = (
 """The columns of an exported fact, in order."""
 TIMES = frozenset({"since", "until", "fetched_at"})
 """Those that are times, in UTC."""
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 """What makes a spreadsheet take a cell for a formula (OWASP, CSV Injection)."""
+_IRI = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*:[^\s<>"{}|\\^`\x00-\x20]+""")
+"""What N-Triples takes for an absolute IRI."""
 _BATCH = 20_000
 
 
@@ -123,6 +127,14 @@ class Namer:
 
     prefixes: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for a prefix that is no absolute IRI."""
+        for space, prefix in self.prefixes.items():
+            if not _IRI.fullmatch(prefix):
+                raise UsageError(
+                    f"--iri {space}: {printable(prefix, 60)!r} is no IRI", hint="write https://example.org/"
+                )
+
     def entity(self, id_: str) -> str:
         """The IRI of a subject or object."""
         space, colon, local = id_.partition(":")
@@ -133,6 +145,8 @@ class Namer:
         return self._iri("relation", name)
 
     def _iri(self, space: str, local: str) -> str:
+        if space == "iri" and _IRI.fullmatch(local):
+            return local
         known = {"wikidata": "http://www.wikidata.org/entity/"} | dict(self.prefixes)
         return known.get(space, f"urn:kbsync:{quote(space, safe='')}:") + quote(local, safe="")
 
@@ -140,13 +154,13 @@ class Namer:
 def write_ntriples(rows: Iterable[FactRow], out: TextIO, namer: Namer) -> None:
     """RDF 1.1 N-Triples: each fact and its labels, and where it comes from as a reified statement (RDF Schema 5.3) with
     PROV-O's `wasDerivedFrom` and `generatedAtTime`. https://www.w3.org/TR/n-triples/, https://www.w3.org/TR/prov-o/"""
-    from rdflib import PROV, RDF, RDFS, XSD, Literal, URIRef
+    from rdflib import PROV, RDF, RDFS, XSD, BNode, Literal, URIRef
 
     for row in rows:
         fact, source = row.fact, row.provenance
         subject, object_ = URIRef(namer.entity(fact.subject.id)), URIRef(namer.entity(fact.object.id))
         relation = URIRef(namer.relation(fact.relation))
-        statement = URIRef(f"urn:kbsync:fact:{row.id}" if row.id is not None else f"urn:kbsync:claim:{fact.claim}")
+        statement = BNode(f"fact{row.id}" if row.id is not None else f"claim{fact.claim}")  # of this ledger alone
         triples = [
             (subject, relation, object_),
             (subject, RDFS.label, Literal(fact.subject.label)),
@@ -164,6 +178,8 @@ def write_ntriples(rows: Iterable[FactRow], out: TextIO, namer: Namer) -> None:
 def _term(term: Any) -> str:
     """A term as N-Triples writes it; the escapes of its strings are those of JSON."""
     text = str(term)
+    if type(term).__name__ == "BNode":
+        return f"_:{text}"
     if not hasattr(term, "datatype"):
         return f"<{text}>"
     escaped = json.dumps(text, ensure_ascii=False)

@@ -133,3 +133,15 @@ def test_any_bytes_are_unpacked_or_refused(archive: bytes, junk: bytes, data: st
     at = data.draw(st.integers(0, len(archive)))
     with contextlib.suppress(BadArchive):
         assert len(unpack(archive[:at] + junk + archive[at + len(junk) :], "auto", CAP)) <= CAP
+
+
+def test_a_zip_of_very_many_files_is_refused_before_they_are_listed() -> None:
+    """By the length of its list, whatever number of files it says; in ZIP64's form, too."""
+    many = zipped({f"{n}.csv": b"" for n in range(10_000)})
+    end = many.rindex(b"PK\x05\x06")
+    lying = many[: end + 8] + b"\1\0\1\0" + many[end + 12 :]
+    wide = zipped({"a.csv": BODY})
+    end = wide.rindex(b"PK\x05\x06")
+    for body in (many, lying, wide[:end] + b"PK\x06\x07".ljust(20, b"\0") + wide[end:]):
+        with pytest.raises(BadArchive, match="a list of many files"):
+            unpack(body, "auto", 10_000_000)

@@ -42,6 +42,7 @@ def read(declared: Any, folder: Path = Path(), **record: str) -> str:
         ("{first} {last}", {"first": "", "last": " "}, ""),
         ({"value": "USA"}, {}, "USA"),
         ({"column": "n", "then": "title"}, {"n": "ursa major"}, "Ursa Major"),
+        ({"column": "n", "then": "title"}, {"n": "bill's o'neill"}, "Bill's O'Neill"),
         ({"column": "n", "then": ["lower", "title"]}, {"n": "URSA MAJOR"}, "Ursa Major"),
         ({"column": "n", "then": "upper"}, {"n": "oh"}, "OH"),
         ({"column": "race", "match": RACE, "take": 1}, {"race": "OH-12"}, "OH"),

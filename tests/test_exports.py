@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rdflib import RDFS, Graph
+from rdflib import RDF, RDFS, BNode, Graph, Literal, URIRef
 
 from kbsync.errors import UsageError
 from kbsync.exports import COLUMNS, Namer, flat, write_csv, write_json, write_ntriples, write_parquet
@@ -38,7 +38,7 @@ def as_csv(*rows: FactRow) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(out.getvalue(), newline="")))
 
 
-@pytest.mark.parametrize("label", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
+@pytest.mark.parametrize("label", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx", "\n=1", "＝1", "＋1", "－1", "＠x"])
 def test_what_a_spreadsheet_would_run_is_text(label: str) -> None:
     """A cell that begins like a formula gets a quote in front; others stay as they are."""
     [found] = as_csv(row(label))
@@ -132,3 +132,21 @@ def test_without_pyarrow_a_hint_says_what_to_install(tmp_path: Path, monkeypatch
         write_parquet(COLUMNS, [], tmp_path / "facts.parquet")
     assert "kbsync[parquet]" in str(caught.value.hint)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_iri_stays_what_it_is_and_a_statement_has_none() -> None:
+    """What RDF names already is not named anew; facts of two ledgers with one number are not one statement."""
+    out = io.StringIO()
+    write_ntriples([row(id_="iri:http://example.org/a#b?c=%20d")], out, Namer())
+    graph = Graph().parse(data=out.getvalue(), format="nt")
+    assert (URIRef("http://example.org/a#b?c=%20d"), RDFS.label, Literal("Vega")) in graph
+    [statement] = graph.subjects(RDF.type, RDF.Statement)
+    assert isinstance(statement, BNode)
+    assert Namer().entity("iri:not an <iri>") == "urn:kbsync:iri:not%20an%20%3Ciri%3E"
+
+
+@pytest.mark.parametrize("prefix", ["", "example.org", "https://example.org/<x>", "https://a b/"])
+def test_a_prefix_that_is_no_iri_is_refused(prefix: str) -> None:
+    """It would make N-Triples that nothing can read."""
+    with pytest.raises(UsageError, match="--iri hip"):
+        Namer({"hip": prefix})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import hashlib
@@ -15,11 +16,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kbsync.errors import SourceError, SourceInvalid, SourceUnavailable
+from kbsync.facts import Provenance, Snapshot
 from kbsync.observe import observe
 from tests.faultserver import FaultServer, answer, endless
 from tests.feeds import BODIES, CSV, connector, pairs, read, reasons
@@ -371,3 +374,30 @@ def test_a_changed_lookup_table_is_another_declaration(tmp_path: Path, server: F
     second = connector(tmp_path, location=url, columns=columns).fetch(first.provenance)
     assert "if-none-match" not in server.requests[-1].headers
     assert pairs(second) == {"Vega": "the Lyre", "Deneb": "the Swan"}
+
+
+def signed(body: bytes, comment: str, key: Ed25519PrivateKey) -> bytes:
+    """A signature file as minisign makes it."""
+    first = key.sign(hashlib.blake2b(body, digest_size=64).digest())
+    lines = (base64.b64encode(b"ED" + b"kbsync00" + first), base64.b64encode(key.sign(first + comment.encode())))
+    return b"untrusted comment: x\n%b\ntrusted comment: %b\n%b\n" % (lines[0], comment.encode(), lines[1])
+
+
+def test_a_signature_of_another_file_or_of_an_earlier_time_is_refused(tmp_path: Path) -> None:
+    """What the publisher signed under another name is not this feed; what is older than the accepted, a replay."""
+    key = Ed25519PrivateKey.generate()
+    public = base64.b64encode(b"Ed" + b"kbsync00" + key.public_key().public_bytes_raw()).decode()
+
+    def fetch(comment: str, previous: Provenance | None = None, **keys: str) -> Snapshot:
+        (tmp_path / "stars.csv").write_text(CSV)
+        (tmp_path / "stars.csv.minisig").write_bytes(signed(CSV.encode(), comment, key))
+        return connector(tmp_path, minisign={"public_key": public, **keys}).fetch(previous)
+
+    with pytest.raises(SourceInvalid, match=r"is of a file 'planets\.csv', not of 'stars\.csv'"):
+        fetch("timestamp:200\tfile:planets.csv")
+    assert fetch("timestamp:200\tfile:planets.csv", file="planets.csv").rows == 2
+    accepted = fetch("timestamp:200\tfile:stars.csv").provenance
+    assert fetch("timestamp:200\tfile:stars.csv", accepted).not_modified
+    with pytest.raises(SourceUnavailable, match="signed earlier"):
+        fetch("timestamp:199\tfile:stars.csv\thashed", accepted)
+    assert fetch("timestamp:1000", accepted).provenance.verified != accepted.verified

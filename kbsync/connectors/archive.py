@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import struct
 import zipfile
 import zlib
@@ -24,6 +25,10 @@ _MAGIC: dict[str, bytes] = {"gzip": b"\x1f\x8b", "zip": b"PK\x03\x04"}
 _ENCRYPTED = 0x1
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _LISTED = 3
+END_BYTES = 65_557
+"""So far from its end the end record of a zip can stand."""
+LISTING_BYTES = 262_144
+"""Longest list of files: one file's entry can have three fields of 64 KiB."""
 
 
 class BadArchive(ValueError):
@@ -54,10 +59,22 @@ def _gunzip(body: bytes, limit: int) -> bytes:
 
 
 def _unzip(body: bytes, limit: int) -> bytes:
+    _check_listing(body)
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         member = _only_member(archive)
         with archive.open(member) as file:
             return file.read(limit)
+
+
+def _check_listing(body: bytes) -> None:
+    """Raises BadArchive for a zip whose list of files is too long to be of one file, before anything reads it (APPNOTE
+    4.3.16; a zip of ZIP64's form is one of many files or of a large one)."""
+    tail = body[-END_BYTES:]
+    for found in re.finditer(rb"PK\x05\x06", tail):
+        record = tail[found.start() : found.start() + 20]
+        listing = int.from_bytes(record[12:16], "little")
+        if listing > LISTING_BYTES or tail[max(0, found.start() - 20) :].startswith(b"PK\x06\x07"):
+            raise BadArchive("is a zip with a list of many files, not with one")
 
 
 def _only_member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:

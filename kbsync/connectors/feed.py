@@ -24,16 +24,24 @@ from typing import Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo, field_validator
 
 import kbsync
-from kbsync.connectors import Options, Place
+from kbsync.connectors import STALE_RETRY_SECONDS, Options, Place
 from kbsync.connectors.archive import BadArchive, Compression, unpack
 from kbsync.connectors.columns import Cell, Columns, Reader, reader
 from kbsync.connectors.http import HttpOptions, check_url
 from kbsync.connectors.location import Fetched, Location, check_location, is_url
 from kbsync.connectors.rows import Row, snapshot_of
-from kbsync.connectors.signature import HEX, BadSignature, PublicKey, check_sha256, expected_sha256
+from kbsync.connectors.signature import (
+    HEX,
+    BadSignature,
+    PublicKey,
+    check_comment,
+    check_sha256,
+    expected_sha256,
+    is_replay,
+)
 from kbsync.connectors.table import BadTable
 from kbsync.connectors.text import printable
-from kbsync.errors import SourceInvalid
+from kbsync.errors import SourceInvalid, SourceUnavailable
 from kbsync.facts import Provenance, Snapshot, digest_of
 from kbsync.policy import Name, Source
 from kbsync.references import holds_password, is_reference, names_secret, redacted
@@ -72,6 +80,8 @@ class Minisign(Options):
     """As minisign prints it: 56 characters that begin with RW."""
     signature: str | None = None
     """Path or URL of the signature; default: the location with `.minisig` at its end."""
+    file: str | None = None
+    """The name that the signature's trusted comment must have, where it has one; default: the location's."""
 
     @field_validator("public_key")
     @classmethod
@@ -251,6 +261,7 @@ class FeedConnector:
             return self._unchanged(fetched.provenance)
         try:
             provenance = replace(fetched.provenance, verified=self._verified(fetched.body))
+            self._refuse_replay(provenance.verified, previous)
             if fetched.repeats(previous):
                 return self._unchanged(provenance)
             content = unpack(fetched.body, self.options.compression, self.options.max_bytes)
@@ -262,6 +273,12 @@ class FeedConnector:
             hint = getattr(error, "hint", "") or "nothing was changed; correct the feed and run `kbsync sync`"
             raise SourceInvalid(self.source.source, f"{redacted(self.options.location)}: {error}", hint=hint) from error
         return snapshot_of(self.source, lambda: rows, provenance)
+
+    def _refuse_replay(self, verified: str | None, previous: Provenance | None) -> None:
+        if verified and previous and is_replay(verified, previous.verified):
+            problem = f"{self._location.shown}: it was signed earlier than the feed that was accepted last"
+            hint = "a cache may be behind, or somebody shows an old feed; it is asked again later"
+            raise SourceUnavailable(self.source.source, problem, retry_after=STALE_RETRY_SECONDS, hint=hint)
 
     def _unchanged(self, provenance: Provenance) -> Snapshot:
         return Snapshot(self.source.source, self.source.relation, provenance, not_modified=True)
@@ -277,6 +294,7 @@ class FeedConnector:
             where = self._location.with_suffix(".minisig") if beside is None else self._location.beside(beside)
             key = PublicKey.parse(options.minisign.public_key)
             comment = key.verify(body, _content(where.read()))
+            check_comment(comment, options.minisign.file or self._location.name)
             passed.append(f"minisign {key.name} ({printable(comment, 200)})")
         return "; ".join(passed) or None
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from kbsync.connectors.text import printable
 
-__all__ = ["HEX", "BadSignature", "PublicKey", "check_sha256", "expected_sha256"]
+__all__ = ["HEX", "BadSignature", "PublicKey", "check_comment", "check_sha256", "expected_sha256", "is_replay"]
 
 HEX = r"[0-9a-fA-F]{64}"
 """How a sha256 is written."""
@@ -31,6 +31,7 @@ _UNTRUSTED, _TRUSTED = "untrusted comment: ", "trusted comment: "
 _KEY_BYTES, _SIGNATURE_BYTES = 32, 64
 # `<hash>  name`, `<hash> *name` (sha256sum), `SHA256 (name) = <hash>` (sha256sum --tag, BSD), or the hash alone.
 _SUM_LINE = re.compile(rf"(?P<first>{HEX})(?:\s+\*?(?P<name>.+))?|SHA256 \((?P<tagged>.+)\) = (?P<last>{HEX})")
+_SIGNED = re.compile(r"minisign ([0-9A-F]{16}) \([^)]*?\btimestamp:([0-9]{1,15})\b")
 
 
 class BadSignature(ValueError):
@@ -98,6 +99,21 @@ def check_sha256(body: bytes, expected: str) -> None:
     found = hashlib.sha256(body).hexdigest()
     if not hmac.compare_digest(found, expected.lower()):
         raise BadSignature(f"its sha256 is {found}, not {expected.lower()}")
+
+
+def check_comment(comment: str, name: str) -> None:
+    """Raises BadSignature where a trusted comment names another file than `name`, as minisign writes it by itself
+    (`timestamp:1700000000\tfile:stars.csv`): the publisher signed that one, and somebody put it here."""
+    signed = re.search(r"(?:^|\t)file:([^\t]+)", comment)
+    if signed and signed[1] != name:
+        signed_name = printable(signed[1], 100)
+        raise BadSignature(f"the signature is of a file {signed_name!r}, not of {name!r}; see `minisign.file`")
+
+
+def is_replay(verified: str, before: str | None) -> bool:
+    """Whether what proves a body was signed earlier than what proved the last one, by the same key's timestamps."""
+    now, then = _SIGNED.search(verified), _SIGNED.search(before or "")
+    return bool(now and then and now[1] == then[1] and int(now[2]) < int(then[2]))
 
 
 def _parts(signature: bytes) -> tuple[bytes, bytes, bytes, str, bytes]:

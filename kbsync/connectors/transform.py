@@ -30,12 +30,13 @@ PATTERN_MEMORY = 1 << 20
 COMPARISONS = 100_000
 """So many known values may be compared with unknown ones to find the nearest, all in all some seconds."""
 
+_ENDING = re.compile(r"(?<=\w)['’](?:S|T|Re|Ll|Ve|D|M)\b")
 _GROUP = re.compile(r"\{(\d+)\}")
 _DIRECTIVE = re.compile(r"%(.?)")
 _DAY, _MONTH, _YEAR = set("dj"), set("mbB"), set("Yy")
 WORDS: Mapping[str, Callable[[str], str]] = {
     "strip": str.strip,
-    "title": str.title,
+    "title": lambda text: _ENDING.sub(lambda found: found[0].lower(), text.title()),
     "upper": str.upper,
     "lower": str.lower,
 }
