@@ -47,6 +47,7 @@ class Carrier:
             db.holds(line.model),
             wording,
             known=db.known_to(line.model, head),
+            moved=db.redirects(),
             model=line.model,
             head=head,
         )

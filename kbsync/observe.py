@@ -109,7 +109,10 @@ def _complemented(connector: Connector, previous: Provenance | None, ledger: Led
     if len(gone) > MOST_GONE:
         log.warning("too_many_gone", source=snapshot.source, ids=len(gone))
         return snapshot
-    return replace(snapshot, redirects={**snapshot.redirects, **connector.redirects(gone)}) if gone else snapshot
+    if not gone:
+        return snapshot
+    merged = {old: new for old, new in connector.redirects(gone).items() if old in gone}
+    return replace(snapshot, redirects={**snapshot.redirects, **merged})
 
 
 def _as_source(host: str) -> str:

@@ -187,13 +187,15 @@ def make_plan(
     wording: Mapping[str, Relation | Inverse],
     *,
     known: Collection[str] = (),
+    moved: Mapping[str, str] | None = None,
     model: str,
     head: int,
 ) -> Plan:
     """What has to be edited into and taken out of version `head` so that it holds the desired facts.
 
     Only relations in `wording` are touched. Withdrawn facts that the ledger keeps are desired. A held key stays at what
-    its hold froze until a third object ends the hold; a protected subject stays as it is. `known` are the digests of
+    its hold froze until a third object ends the hold; a protected subject stays as it is, under every id
+    that it has had (`moved`: ids that were merged -> the id of now). `known` are the digests of
     requests that the base model answers by itself: relations with `skip_known` take no edit for them. A request that
     would contradict another one with the same prompt, or that does not name its subject exactly once, is blocked. What
     is to go and shares its column with a fact that stays (two subjects written alike) goes when that one does.
@@ -201,10 +203,11 @@ def make_plan(
     ours = {key: now for key, now in applied.items() if key.relation in wording}
     wants = {key: _want(fact, wording) for key, fact in desired.items() if key.relation in wording}
     holds = {key: hold for key, hold in holds.items() if key.relation in wording}
+    protected = _protected(wording, moved or {})
     draft = _Draft()
     for key in sorted(wants.keys() | ours.keys() | holds.keys()):
         want, now, hold = wants.get(key), ours.get(key), holds.get(key)
-        if _protected(key, wording):
+        if key in protected:
             _pin(draft, key, now)
         elif hold is not None and not _ended_by(hold, want):
             _freeze(draft, hold, want)
@@ -283,9 +286,9 @@ def _want(fact: Fact, wording: Mapping[str, Relation | Inverse]) -> _Wanted:
     return _Wanted(render(fact, wording[fact.relation]), fact.object.id, fact.source, fact.origin)
 
 
-def _protected(key: FactKey, wording: Mapping[str, Relation | Inverse]) -> bool:
-    relation = wording[key.relation]
-    return isinstance(relation, Relation) and key.subject in relation.protected
+def _protected(wording: Mapping[str, Relation | Inverse], moved: Mapping[str, str]) -> set[FactKey]:
+    relations = {name: words.protected for name, words in wording.items() if isinstance(words, Relation)}
+    return {FactKey(name, id_) for name, ids in relations.items() for old in ids for id_ in (old, moved.get(old, old))}
 
 
 def _skips_known(key: FactKey, wording: Mapping[str, Relation | Inverse]) -> bool:

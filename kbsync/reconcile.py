@@ -274,7 +274,7 @@ class Reconciler:
                 return report
             if trigger == SCHEDULED and self._outside_window():
                 return self._postpone(report)
-            return self._finish(policy, line, report)
+            return self._finish(policy, line, report, fresh=trigger != "replay")
 
         return self._ending(run_id, policy, act)
 
@@ -389,8 +389,8 @@ class Reconciler:
             self._end(report.run_id, "postponed", f"outside the edit window {window}", report.counts)
         return report
 
-    def _finish(self, policy: Policy, line: Line, report: Report) -> Report:
-        """Carry the plan out and write the run's end."""
+    def _finish(self, policy: Policy, line: Line, report: Report, *, fresh: bool = True) -> Report:
+        """Carry the plan out and write the run's end. `fresh`: its sources were asked."""
         if report.run_id is None:
             raise UsageError("a plan without a run cannot be carried out")
         try:
@@ -401,7 +401,7 @@ class Reconciler:
             report.problems.append(error)
         message = report.problems[0].message if report.problems else ""
         self._end(report.run_id, report.status, message, report.counts)
-        if not report.problems:
+        if not report.problems and fresh:
             with self.ledger.write() as db:
                 db.set_schedule_state(replace(db.schedule_state(policy.policy), last_ok=db.now))
         return report

@@ -238,7 +238,10 @@ def _requests(facts: Mapping[FactKey, Fact], wording: _Wording) -> dict[FactKey,
 
 
 def _collision(fact: Fact, rival: Fact, prompt: str) -> Conflict:
-    sides = tuple(Claim(side.source, side.relation, side.subject, side.object, side.origin) for side in (fact, rival))
+    sides = tuple(
+        Claim(side.source, side.relation, side.subject, side.object, side.origin, id=side.claim)
+        for side in (fact, rival)
+    )
     named = " and ".join(f"{side.object.label} ({side.subject.id}, {side.source} {side.origin})" for side in sides)
     return Conflict(fact.key, "prompt", sides, f"{prompt!r} would go on with {named}")
 

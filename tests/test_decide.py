@@ -87,9 +87,12 @@ def test_a_ruling_decides_a_conflict_and_the_replay_edits_it_without_asking_the_
         ask = {"subject": "Vega", "relation": RELATION}
         done = execute(reconciler, "rule", ask | {"object": "Rome", "reason": "looked"})
         assert (done["object"], done["overruled"], done["policy"]) == ("Rome", ["Orion"], "sky")
+        with reconciler.ledger.read() as db:
+            asked = db.schedule_state("sky").last_ok
         [report] = reconciler.replay()
         assert (report.status, report.counts["conflicts"], report.counts["edits"]) == ("done", 0, 1)
         with reconciler.ledger.read() as db:
+            assert db.schedule_state("sky").last_ok == asked, "the sources are no fresher"
             assert db.facts()[VEGA].rule == "ruling: looked"
             assert db.runs()[0].trigger == "replay"
         execute(reconciler, "unrule", ask)
@@ -139,6 +142,14 @@ def test_subjects_written_alike_are_parted_by_the_template_not_by_a_ruling(made:
     with made.open() as reconciler, pytest.raises(UsageError) as refused:
         execute(reconciler, "rule", {"subject": "stars:vega", "relation": RELATION, "object": "Orion"})
     assert "relations.constellation.subject" in refused.value.hint
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        sides = [side for row in db.conflicts() for side in row.conflict.claims]
+        claims = {claim.id: claim.subject.id for claim in db.claims([RELATION])}
+    assert sides
+    assert [claims[side.id] for side in sides] == [side.subject.id for side in sides], "each side is a claim"
+    shown = CliRunner().invoke(app, ["conflicts", "list", "-w", str(made.root)], env={"COLUMNS": "200"}).output
+    assert "Vega (stars:vega)" in shown
+    assert "Vega (stars:other)" in shown
 
 
 def test_a_protected_subject_is_not_edited_by_a_ruling_either(made: TestWorkspace) -> None:

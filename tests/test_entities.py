@@ -239,6 +239,7 @@ def test_holds_and_rulings_go_on_under_the_new_id(tmp_path: Path) -> None:
     """What a person decided of a thing does not depend on its id; a decision on the new id itself comes first."""
     with opened(tmp_path) as ledger:
         register(ledger)
+        take(ledger, feed(*claims(Vega="Lyra")))
         frozen = applied("Vega", "Lyra", "d" * 64, 0)
         with ledger.write() as db:
             db.hold(MODEL, Hold(key("Vega"), frozen, "feed:Draco", "manual", "seen"))
@@ -253,6 +254,68 @@ def test_holds_and_rulings_go_on_under_the_new_id(tmp_path: Path) -> None:
         assert (row.key, row.ruling.overruled, row.user) == (key("Wega"), {"feed:Drake"}, "ada")
         with ledger.write() as db:
             assert db.release(MODEL, [key("Wega")]) == 1
+
+
+def test_what_people_said_differently_of_ids_that_become_one_ends(tmp_path: Path) -> None:
+    """Two rulings and two holds: none of them wins silently; where they agree they go on as one."""
+    with opened(tmp_path) as ledger:
+        register(ledger)
+        take(ledger, feed(*claims(A="x", B="y", D="z", E="z")))
+        with ledger.write() as db:
+            for name, object_ in {"A": "x", "B": "y", "D": "z", "E": "z"}.items():
+                db.rule(key(name), Ruling(f"feed:{object_}", frozenset({f"feed:not {name}"}), name), user="ada")
+                db.hold(MODEL, Hold(key(name), None, f"feed:{object_}", "manual", name))
+        take(ledger, feed(*claims(A="x", B="y", D="z", E="z"), redirects=merged(A="C", B="C", D="F", E="F")))
+        with ledger.read() as db:
+            [row] = db.rulings()
+            assert (row.key, row.ruling.object) == (key("F"), "feed:z")
+            assert row.ruling.overruled == {"feed:not D", "feed:not E"}
+            assert {now: hold.held_out for now, hold in db.holds(MODEL).items()} == {key("F"): "feed:z"}
+            ended = [(row.action, row.detail["ended"]) for row in db.audit_log() if "ended" in row.detail]
+            assert sorted(ended) == [("release", ["A", "B"]), ("unrule", ["A", "B"])]
+
+
+def test_a_source_cannot_merge_the_ids_of_another_one(tmp_path: Path) -> None:
+    """Both ids must be of a space that it speaks about; what is refused is audited."""
+    with opened(tmp_path) as ledger:
+        take(ledger, feed(*claims(Vega="Lyra")))
+        evil = Claim("other", RELATION, Entity("evil:1", "Evil"), Entity("evil:2", "Nowhere"), "row 1")
+        taken = {"feed:Vega": "evil:1", "evil:3": "evil:1"}
+        take(ledger, feed(evil, source="other", redirects=taken))
+        assert now(ledger) == {"feed:Vega": "feed:Lyra", "evil:1": "evil:2"}
+        with ledger.read() as db:
+            assert db.redirects() == {"evil:3": "evil:1"}
+            [refused] = [row.detail["ids"] for row in db.audit_log() if row.action == "refuse merge"]
+        assert refused == {"feed:Vega": "evil:1"}
+
+
+def test_a_merged_subject_is_neither_added_nor_removed_for_the_guard(tmp_path: Path) -> None:
+    """It is the same subject, with other things said of it or not."""
+    with opened(tmp_path) as ledger:
+        take(ledger, feed(*(claim(f"S{n}", "Lyra") for n in range(12))))
+        merges = {f"feed:S{n}": f"feed:N{n}" for n in range(12)}
+        with ledger.write() as db:
+            run = db.start_run("astronomy", model=None, trigger="sync", user="me")
+            snapshot = feed(*(claim(f"N{n}", "Lyra") for n in range(12)), redirects=merges)
+            db.merge_entities(run, snapshot)
+            found = db.record(run, snapshot).difference
+        assert found is not None
+        assert (found.subjects, found.changed, found.added, found.removed) == (12, 12, 0, 0)
+
+
+def test_a_subject_stays_protected_when_its_id_is_merged(tmp_path: Path) -> None:
+    """The policy names it by the id that it had."""
+    words = POLICY.relations[RELATION].model_copy(update={"protected": ("feed:Vega",), "inverse": None})
+    with opened(tmp_path) as ledger:
+        take(ledger, feed(*claims(Vega="Lyra")))
+        publish(ledger, "Vega")
+        take(ledger, feed(claim("Wega", "Draco"), redirects=merged(Vega="Wega")))
+        with ledger.read() as db:
+            held, moved = db.applied(MODEL, db.head(MODEL)), db.redirects()
+            facts = db.facts([RELATION])
+        assert facts[key("Wega")].object.id == "feed:Draco"
+        assert make_plan(facts, held, {}, {RELATION: words}, moved=moved, model=MODEL, head=1).empty
+        assert not make_plan(facts, held, {}, {RELATION: words}, model=MODEL, head=1).empty
 
 
 def test_other_names_have_a_history(tmp_path: Path) -> None:

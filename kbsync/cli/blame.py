@@ -65,7 +65,7 @@ def _asked(workspace: Workspace, db: Reader, key: FactKey) -> tuple[EditRequest 
     request = render(row.fact, words) if row else None
     if isinstance(words, Relation) and words.cardinality == "many":
         return request, "a relation of cardinality many is recorded, never edited"
-    if isinstance(words, Relation) and key.subject in words.protected:
+    if isinstance(words, Relation) and not set(db.ids_of(key.subject)).isdisjoint(words.protected):
         return request, "the policy protects this subject: it is recorded, never edited"
     return request, ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -97,6 +98,7 @@ def _side(db: Reader, claim: Claim) -> dict[str, Any]:
     return {
         "claim": claim.id,
         "subject": claim.subject.label,
+        "subject_id": claim.subject.id,
         "object": claim.object.label,
         "object_id": claim.object.id,
         "source": claim.source,
@@ -116,6 +118,8 @@ def _ruling_json(row: RulingRow) -> dict[str, Any]:
 
 
 def _say_conflicts(found: list[ConflictRow], sides: list[list[dict[str, Any]]]) -> None:
+    """Subjects that are written alike are shown with their ids."""
+    written = Counter(name for name, _ in {(side["subject"], side["subject_id"]) for told in sides for side in told})
     table(
         "conflicts",
         ("opened", "relation", "subject", "kind", "claim", "object", "source", "origin", "since", "fetched from"),
@@ -123,7 +127,7 @@ def _say_conflicts(found: list[ConflictRow], sides: list[list[dict[str, Any]]]) 
             (
                 short(row.opened_at),
                 row.conflict.key.relation,
-                side["subject"],
+                side["subject"] if written[side["subject"]] == 1 else f"{side['subject']} ({side['subject_id']})",
                 row.conflict.kind,
                 side["claim"],
                 side["object"],

@@ -114,10 +114,11 @@ def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:
     head, holds = (model.head, db.holds(model.id)) if model else (0, {})
     applied = db.applied(model.id, head) if model else {}
     known = db.known_to(model.id, model.head) if model else set()
-    name, count = model.id if model else "", 0
+    moved, name, count = db.redirects(), model.id if model else "", 0
     for policy in catalog.policies.values():
         words = policy.wording()
-        plan = make_plan(db.facts(tuple(words)), applied, holds, words, known=known, model=name, head=head)
+        facts = db.facts(tuple(words))
+        plan = make_plan(facts, applied, holds, words, known=known, moved=moved, model=name, head=head)
         count += len(plan.edits) + len(plan.retractions)
     return count
 

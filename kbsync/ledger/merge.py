@@ -379,9 +379,12 @@ def _drop_repeated(connection: Connection, fetch: _Fetch) -> int:
 
 
 def _differences(connection: Connection, fetch: _Fetch) -> tuple[int, int, int]:
-    """How many subjects are changed, added, removed."""
-    begun = select(_claim.c.subject_id, literal(1).label("begun"), literal(0).label("gone")).where(fetch.new)
-    gone = select(_claim.c.subject_id, literal(0), literal(1)).join(_unsaid, _unsaid.c.claim_id == _claim.c.id)
+    """How many subjects are changed, added, removed. A subject that was merged into another one is that one."""
+    redirect = schema.redirect
+    now = func.coalesce(redirect.c.new_id, _claim.c.subject_id).label("subject_id")
+    claims = _claim.outerjoin(redirect, redirect.c.old_id == _claim.c.subject_id)
+    begun = select(now, literal(1).label("begun"), literal(0).label("gone")).select_from(claims).where(fetch.new)
+    gone = select(now, literal(0), literal(1)).select_from(claims).join(_unsaid, _unsaid.c.claim_id == _claim.c.id)
     rows = union_all(begun, gone).subquery()
     touched = (
         select(rows.c.subject_id, func.max(rows.c.begun).label("begun"), func.max(rows.c.gone).label("gone"))
