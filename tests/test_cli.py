@@ -300,7 +300,7 @@ def test_a_plan_is_reviewed_in_a_file_and_applied(line: Line, tmp_path: Path) ->
     assert len(document["plans"][0]["adds"]) == 3
     assert line.json("sync", "--plan", str(out))["reports"][0]["versions"] == [1]
     line.run("plan", "--exit-code")
-    assert "HEAD has moved from version 0 to 1" in line.run("sync", "--plan", str(out), code=2)
+    assert "HEAD has moved from version 0 to 1" in line.run("sync", "--plan", str(out), code=1)
     out.write_text('{"plans": [{"head": 0}]}')
     assert "no plan of this kbsync" in line.fails("sync", "--plan", str(out), code=2)[0]
     assert "cannot be read" in line.fails("sync", "--plan", "nowhere.json", code=2)[0]
