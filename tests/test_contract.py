@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 from uuid import uuid4
 
 import pytest
@@ -46,6 +47,9 @@ class TestCsv(ConnectorContract):
     def ruin(self, folder: Path) -> None:
         (folder / "rows.csv").write_bytes(b"\xff\xfe")
 
+    def arrange_secret(self, folder: Path) -> Mapping[str, Any]:  # noqa: ARG002 (the contract's)
+        return {"location": "https://127.0.0.1:1/rows.csv?key=${KBSYNC_CONTRACT_SECRET}", **COLUMNS}
+
 
 class TestJsonLines(ConnectorContract):
     type = "jsonl"
@@ -58,6 +62,10 @@ class TestJsonLines(ConnectorContract):
 
     def ruin(self, folder: Path) -> None:
         (folder / "rows.jsonl").unlink()
+
+    def arrange_secret(self, folder: Path) -> Mapping[str, Any]:  # noqa: ARG002 (the contract's)
+        headers = {"Authorization": "Bearer ${KBSYNC_CONTRACT_SECRET}"}
+        return {"location": "https://127.0.0.1:1/rows.jsonl", "headers": headers, **COLUMNS}
 
 
 class TestCsvAtAnAddress(TestCsv):
@@ -168,7 +176,7 @@ def rules() -> list[str]:
     return [name for name in vars(ConnectorContract) if name.startswith("test_")]
 
 
-@pytest.mark.parametrize("rule", rules())
+@pytest.mark.parametrize("rule", [rule for rule in rules() if rule != "test_no_secret_is_shown"])  # it takes none
 def test_the_example_of_the_page_keeps_the_contract(package: Path, tmp_path: Path, rule: str) -> None:
     """Every test, as a stranger would run them."""
     (tmp_path / "run").mkdir()
@@ -314,6 +322,13 @@ class Roaming(TestCsv):
         return make_connector(Source.model_validate(declared), folder=folder, allowed_dirs=[Path("/")])
 
 
+class Piped(TestCsv):
+    """Reads something else than it is told to."""
+
+    def connector(self, folder: Path, options: Mapping[str, Any], **common: Any) -> Connector:
+        return super().connector(folder, {**options, "location": "rows.csv"}, **common)
+
+
 class Unknown(TestCsv):
     """Was never installed."""
 
@@ -352,6 +367,7 @@ BREAKAGES: list[tuple[str, type[ConnectorContract] | Callable[[Snapshot], Snapsh
     ("test_nothing_is_written", Writing),
     ("test_a_source_that_cannot_be_read_is_one_of_three_errors", Raising),
     ("test_no_file_outside_the_allowed_folders_is_read", Roaming),
+    ("test_a_pipe_is_not_waited_for", Piped),
     ("test_no_secret_is_shown", Leaky),
 ]
 
@@ -374,3 +390,18 @@ def test_a_broken_connector_fails_the_rule(
 def test_every_rule_can_fail() -> None:
     """No rule without a connector that breaks it."""
     assert {rule for rule, _ in BREAKAGES} == set(rules())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["test_no_file_outside_the_allowed_folders_is_read", "test_a_pipe_is_not_waited_for", "test_no_secret_is_shown"],
+)
+def test_what_is_not_named_is_skipped_and_said(tmp_path: Path, rule: str) -> None:
+    """A package that names neither paths nor a secret has not passed the tests of them."""
+
+    class Silent(TestCsv):
+        path_keys = ()
+        arrange_secret = ConnectorContract.arrange_secret  # type: ignore[assignment]
+
+    with pytest.raises(SkipTest, match="ends when"):
+        getattr(Silent(), rule)(tmp_path)

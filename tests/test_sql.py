@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sqlite3
 import struct
@@ -477,3 +478,10 @@ def test_no_option_of_a_url_is_in_an_error(tmp_path: Path) -> None:
     """A password may stand behind the question mark, too."""
     url = make_url(f"postgresql+psycopg://db.example.org/crm?user=u&password={CANARY}")
     assert CANARY not in _scrubbed(ValueError(f"cannot log in with {CANARY}"), url)
+
+
+def test_a_pipe_is_no_database(tmp_path: Path) -> None:
+    """It is refused, for opening it would wait for somebody who writes."""
+    os.mkfifo(tmp_path / "o.db")
+    with pytest.raises(SourceInvalid, match="not a regular file"):
+        connector(tmp_path, "sqlite:///o.db").fetch(None)

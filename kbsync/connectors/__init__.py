@@ -9,6 +9,8 @@ an `Options` model for the keys of the source file beyond the common ones, takes
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -97,15 +99,23 @@ class Place:
             raise ValueError(f"{location} is outside the folders that sources may read (allowed_dirs in kbsync.yaml)")
         return found
 
+    def read(self, location: str, max_bytes: int) -> bytes:
+        """All bytes of a file. Raises ValueError where it lies elsewhere, is no regular file (a pipe would be waited
+        for) or is larger; OSError where it cannot be read."""
+        # The path is resolved: a link at its end was put there since. Non-blocking: opening a FIFO would wait.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(self.path(location), flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{location} is not a regular file")
+            body = file.read(max_bytes + 1)
+        if len(body) > max_bytes:
+            raise ValueError(f"{location} is larger than {max_bytes:,} bytes")
+        return body
+
     def text(self, location: str) -> str:
         """The UTF-8 text of a small file. Raises ValueError where it lies elsewhere, cannot be read or is too large."""
-        path = self.path(location)
         try:
-            if path.stat().st_size > LARGEST_TEXT:
-                raise ValueError(f"{location} is larger than {LARGEST_TEXT:,} bytes")
-            if not path.is_file():
-                raise ValueError(f"{location} is not a regular file")
-            return path.read_text(encoding="utf-8-sig")
+            return self.read(location, LARGEST_TEXT).decode("utf-8-sig")
         except OSError as error:
             raise ValueError(f"{location} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:

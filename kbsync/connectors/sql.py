@@ -221,9 +221,12 @@ class SqlConnector:
         if not url.database or url.database.startswith((":", "file:")):
             raise ValueError("must name a SQLite file")
         try:
-            return url.set(database=str(self._place.path(url.database)), query={})
+            path = self._place.path(url.database)
         except ValueError:
             raise ValueError("names a file outside the folders that sources may read (allowed_dirs)") from None
+        if path.exists() and not path.is_file():  # opening a pipe would wait
+            raise ValueError("names something that is not a regular file")
+        return url.set(database=str(path), query={})
 
     def _ask(self, url: URL) -> bytes:
         """The answer as JSON Lines. Raises SourceError."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import SkipTest
 
 from pydantic import ValidationError
 
@@ -23,6 +25,8 @@ SECRET = "kbsync-canary-7c1f0e"  # noqa: S105 (a planted one, to be looked for)
 """What `arrange_secret` plants, and no connector may ever show."""
 NAME, RELATION, SPACE = "contract", "says", "contract_ids"
 LONGEST_MESSAGE = 2_000
+PIPE_SECONDS = 30.0
+"""A connector that still waits for a pipe after so long waits for ever."""
 _KINDS = (SourceUnavailable, SourceBlocked, SourceInvalid)
 
 
@@ -215,8 +219,32 @@ class ConnectorContract:
         outside.mkdir()
         self.arrange(outside, ROWS)
         options = self.arrange(inside, ROWS)
+        if not self.path_keys:
+            raise SkipTest("no `path_keys`; ends when the options that name local files are listed there")
         for key in self.path_keys:
             self._stays_inside(inside, outside, options, key)
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        """Only regular files are read: a named pipe would hold up everything until somebody writes to it."""
+        if not self.path_keys:
+            raise SkipTest("no `path_keys`; ends when the options that name local files are listed there")
+        options = self.arrange(tmp_path, ROWS)
+        os.mkfifo(tmp_path / "pipe")
+        for key in self.path_keys:
+            ended = list[str]()
+            reading = threading.Thread(target=self._read_pipe, args=(tmp_path, options, key, ended), daemon=True)
+            reading.start()
+            reading.join(PIPE_SECONDS)
+            _must(ended == ["refused"], f"{key}: a pipe is refused", ended or "it waits")
+
+    def _read_pipe(self, folder: Path, options: Mapping[str, Any], key: str, ended: list[str]) -> None:
+        name = str(options[key])
+        changed = {**options, key: name.replace(Path(name).name, "pipe") if "://" in name else "pipe"}
+        try:
+            self.connector(folder, changed).fetch(None)
+            ended.append("read")
+        except (ValidationError, SourceError):
+            ended.append("refused")
 
     def _stays_inside(self, inside: Path, outside: Path, options: Mapping[str, Any], key: str) -> None:
         _must(key in options, f"`path_keys` has {key}, which `arrange` does not return", options)
@@ -240,7 +268,7 @@ class ConnectorContract:
         try:
             options = self.arrange_secret(tmp_path)
             if options is None:
-                return
+                raise SkipTest("no `arrange_secret`; ends when the connector takes secrets and it is written")
             found = self.connector(tmp_path, options)
             shown = [*found.warnings, repr(found), repr(vars(found) if hasattr(found, "__dict__") else "")]
             shown += _chain(_failure(found))
