@@ -314,6 +314,11 @@ def test_a_held_run_is_approved_row_by_row(line: Line) -> None:
     [run] = line.json("holds")["runs"]
     row = ("--only", "stars:vega:constellation")
     assert "1 rows refused" in line.run("reject", "1", *row, "--reason", "vandalism")
+    [verdict] = line.json("holds")["runs"][0]["verdicts"]
+    assert (verdict["key"][1], verdict["approved"], verdict["reason"]) == ("stars:vega", False, "vandalism")
+    listed = line.run("holds")
+    assert all(f"stars:{name}" in listed for name in ("vega", "betel", "deneb"))
+    assert "refused by" in listed
     assert "is no SUBJECT:RELATION" in line.fails("approve", "1", "--only", "Vega", code=2)[0]
     line.fails("approve", "1", *row, "--except", "Deneb:constellation", code=2)
     line.run("approve", "1", "--plan", run["plan_digest"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,7 +15,8 @@ from kbsync.cli.common import AsJson, Root, emit, opened, table
 
 if TYPE_CHECKING:
     from kbsync.config import Workspace
-    from kbsync.ledger import ModelRow, Reader
+    from kbsync.facts import FactKey
+    from kbsync.ledger import ModelRow, Reader, VerdictRow
 
 __all__ = ["Relation", "app", "iso", "model_row", "moment", "one_subject", "reading", "required_model", "short"]
 
@@ -118,13 +119,15 @@ def _local(object_id: str | None) -> str | None:
 
 @app.command()
 def holds(root: Root = Path(), as_json: AsJson = False) -> None:
-    """List the facts that are frozen in the weights, and the runs that wait for approval."""
+    """List the facts that are frozen in the weights, and the runs that wait for approval, row by row."""
     with reading(root) as (workspace, db):
         model = model_row(workspace, db)
         rows = db.hold_rows(model.id) if model else []
         staged, labels = db.staged_plans(), {key.subject: fact.subject.label for key, fact in db.facts().items()}
+        verdicts = {plan.run_id: db.verdicts(plan.run_id) for plan in staged}
     if as_json:
-        return emit({"holds": [asdict(row) for row in rows], "runs": [asdict(plan) for plan in staged]})
+        runs = [asdict(plan) | {"verdicts": list(map(asdict, verdicts[plan.run_id].values()))} for plan in staged]
+        return emit({"holds": [asdict(row) for row in rows], "runs": runs})
     table(
         "held facts",
         ("since", "relation", "subject", "weights keep", "held out", "why", "evidence"),
@@ -157,4 +160,29 @@ def holds(root: Root = Path(), as_json: AsJson = False) -> None:
             for plan in staged
         ),
     )
+    for plan in staged:
+        rows_of = _rows_of(plan.plan, verdicts[plan.run_id])
+        table(f"rows of run {plan.run_id}", ("kind", "relation", "subject", "id", "was", "becomes", "verdict"), rows_of)
     return None
+
+
+LEDGER_ONLY = "the ledger only: stands or falls with the run"
+"""Verdict of a change that leaves the weights as they are: no hold could keep it out."""
+
+
+def _rows_of(plan: Mapping[str, Any], verdicts: Mapping[FactKey, VerdictRow]) -> Iterator[tuple[object, ...]]:
+    """What a held plan would do, a row each, and what was said of it; nothing where an older kbsync held it."""
+    from kbsync.facts import FactKey
+
+    found = [(part, row) for part in ("adds", "changes", "re_rendered", "retractions") for row in plan.get(part, ())]
+    for part, row in found:
+        said = verdicts.get(FactKey(row["relation"], row["subject_id"]))
+        verdict = "" if said is None else f"{'approved' if said.approved else 'refused'} by {said.user} {said.reason}"
+        gone = part == "retractions"
+        was, becomes = (row["target"], "nothing") if gone else (row["before"], row["target"])
+        yield part, row["relation"], row["subject"], row["subject_id"], was, becomes, verdict.strip()
+    edited = {(row["relation"], row["subject_id"]) for _, row in found}
+    for row in plan.get("ledger", ()):
+        if (row["relation"], row["subject_id"]) not in edited:
+            names = (row["kind"], row["relation"], row["subject"], row["subject_id"])
+            yield *names, row["before"], row["after"], LEDGER_ONLY
