@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from sqlalchemy import select
 
 from kbsync.catalog import load_catalog
 from kbsync.config import Workspace
-from kbsync.errors import KbsyncError
+from kbsync.errors import GateRejected, Inseparable, Moved, UsageError
 from kbsync.facts import EditRequest, FactKey, Ruling
 from kbsync.ledger import Ledger, schema
 from kbsync.ledger.records import StagedPlan
@@ -162,12 +163,13 @@ class Life(stateful.RuleBasedStateMachine):
 
     @stateful.rule(news=NEWS, failing=st.sets(st.sampled_from(OBJECTS), max_size=1), mishap=st.sampled_from(MISHAPS))
     def a_pass_with_trouble(self, news: News, failing: set[str], mishap: str) -> None:
-        self.engine.failing, self.engine.dies = failing, mishap == "dies"
-        self.engine.drift = 9.0 if mishap == "drifts" else 0.0
-        try:
+        with self._trouble(mishap, failing):
             self.a_pass(news)
-        finally:
-            self.engine.failing, self.engine.dies, self.engine.drift = set(), False, 0.0
+
+    @stateful.rule()
+    def a_replay(self) -> None:
+        (report,) = self._reconciler().replay()
+        self._passed(report)
 
     @stateful.rule(news=NEWS)
     def a_dry_run_changes_nothing(self, news: News) -> None:
@@ -177,14 +179,19 @@ class Life(stateful.RuleBasedStateMachine):
         assert self._everything() == before
 
     @stateful.precondition(lambda self: self._staged())
-    @stateful.rule(approve=st.booleans())
-    def a_held_run_is_decided(self, approve: bool) -> None:
+    @stateful.rule(approve=st.booleans(), mishap=st.sampled_from(MISHAPS))
+    def a_held_run_is_decided(self, approve: bool, mishap: str) -> None:
         staged = self._staged()
         reconciler = self._reconciler()
         if not approve:
             reconciler.reject(staged[0].run_id, "no")
             return
-        self._attempt("approval", lambda: self._passed(reconciler.approve(staged[0].run_id)))
+        with self._trouble(mishap):
+            self._attempt("approval", lambda: self._passed(reconciler.approve(staged[0].run_id)))
+        with self.ledger.read() as db:
+            held = {plan.run_id for plan in db.staged_plans()}
+            assert held == {run.id for run in db.runs(limit=None, status="held")}
+            assert db.runs(limit=None, status="running") == []
 
     @stateful.precondition(lambda self: self._staged())
     @stateful.rule(which=st.integers(0, 9), approve=st.booleans())
@@ -388,12 +395,22 @@ class Life(stateful.RuleBasedStateMachine):
         }
 
     def _attempt(self, what: str, act: Any) -> None:
-        """Do it; kbsync may refuse in its own words."""
+        """Do it; kbsync may refuse what cannot be meant or has moved, or what the gate does not let through."""
         try:
             act()
             event(f"{what} done")
-        except KbsyncError as error:
+        except (UsageError, Moved, Inseparable, GateRejected) as error:
             event(f"{what} refused: {type(error).__name__}")
+
+    @contextmanager
+    def _trouble(self, mishap: str, failing: Collection[str] = ()) -> Iterator[None]:
+        """Edits go wrong meanwhile."""
+        self.engine.failing, self.engine.dies = set(failing), mishap == "dies"
+        self.engine.drift = 9.0 if mishap == "drifts" else 0.0
+        try:
+            yield
+        finally:
+            self.engine.failing, self.engine.dies, self.engine.drift = set(), False, 0.0
 
     def _write(self, source: str) -> None:
         rows = self.said[source]
