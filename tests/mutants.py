@@ -71,7 +71,7 @@ OPPOSITE: dict[type[ast.operator], type[ast.operator]] = {
 }
 EQUIVALENT: dict[str, str] = {
     "weigh: len(confirmed) < len(said) -> len(confirmed) <= len(said)": "where all is confirmed both verdicts are one",
-    "weigh: instant.timetuple()[:6] -> instant.timetuple()[:7]": "the weekday follows from the date",
+    "weigh: 6 -> 7": "the weekday follows from the date",
     "resolve: key in before and before[key].status == 'withdrawn' -> key in before": "a live one is chosen already, or "
     "contradicts a fixed one",
     "plan: not current and known and (want.request.digest in known) -> not current and want.request.digest in known": (
