@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +29,7 @@ from kbsync.catalog import Catalog, load_catalog
 from kbsync.commands import UNDO, execute
 from kbsync.config import Workspace
 from kbsync.control import serve
-from kbsync.errors import Busy, Cancelled, KbsyncError
+from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
 from kbsync.ledger import Ledger
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
@@ -189,6 +189,8 @@ class Daemon:
                 self._again(name)
             except KbsyncError as error:
                 log.error("pass_failed", policy=name, problem=error.message, hint=error.hint)
+            except Exception as error:
+                self._note_problem("job_error", name, place_of(error))
             self._note_due(name)
 
     def _handle(self, command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
@@ -210,16 +212,21 @@ class Daemon:
             except KbsyncError:
                 raise
             except Exception as error:
-                log.exception("command_failed", command=command)
-                raise KbsyncError(f"{command}: {type(error).__name__}: {error}", hint="see the daemon's log") from error
+                # Where, not what: the text of a foreign error may have a secret in it, and its traceback, too.
+                log.error("command_failed", command=command, problem=place_of(error))
+                raise KbsyncError(f"{command}: {place_of(error)}", hint="this is a mistake in kbsync") from error
 
     def _reconciler(self, user: str, progress: Progress) -> Reconciler:
         return Reconciler(self._workspace, self._catalog, self._ledger, user, progress, self._cancelled)
 
     def _again(self, name: str) -> None:
-        """A cancelled pass is due again at once, unless the daemon is stopping."""
-        if not self._stopping.is_set() and (job := self._scheduler.get_job(name)) is not None:
-            job.modify(next_run_time=datetime.now(UTC))
+        """A cancelled pass begins again in a second, after the command that cancelled it, unless the daemon is
+        stopping. A job of its own: the policy's job would be skipped while it is still ending."""
+        if not self._stopping.is_set():
+            soon = datetime.now(UTC) + timedelta(seconds=1)
+            self._scheduler.add_job(
+                self._pass, "date", [name], run_date=soon, id=f"{name}, again", replace_existing=True
+            )
 
     def _note_due(self, name: str) -> None:
         job = self._scheduler.get_job(name)
@@ -229,8 +236,11 @@ class Daemon:
 
     def _note_event(self, event: JobEvent) -> None:
         """What the scheduler could not do is in the log and in the ledger."""
-        kind = EVENTS[event.code]
-        detail: Mapping[str, Any] = {"policy": event.job_id, "problem": str(getattr(event, "exception", "") or "")}
+        error = getattr(event, "exception", None)
+        self._note_problem(EVENTS[event.code], event.job_id, place_of(error) if error else "")
+
+    def _note_problem(self, kind: str, policy: str, problem: str) -> None:
+        detail: Mapping[str, Any] = {"policy": policy, "problem": problem}
         log.error(kind, **detail)
         with self._ledger.write() as db:
             db.audit(USER, kind, dict(detail))

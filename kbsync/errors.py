@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from traceback import extract_tb
 
 __all__ = [
     "BaseMismatch",
@@ -44,7 +45,15 @@ __all__ = [
     "SourceUnavailable",
     "StoreError",
     "UsageError",
+    "place_of",
 ]
+
+
+def place_of(error: BaseException) -> str:
+    """A foreign exception's type and place, `KeyError at feed.py:12`: its text may have a secret in it."""
+    frames = extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
 
 
 class KbsyncError(Exception):
@@ -111,7 +120,10 @@ class SourceError(KbsyncError):
 
 
 class SourceUnavailable(SourceError):
-    """The source may answer later; `retry_after` is its own wish in seconds, or None."""
+    """The source may answer later; `retry_after` is its own wish in seconds, or None. `exhausted`: it was asked often
+    enough."""
+
+    exhausted: bool = False
 
     def __init__(self, source: str, problem: str, *, retry_after: float | None = None, hint: str = "") -> None:
         super().__init__(source, problem, hint=hint)

@@ -6,32 +6,23 @@ again next time on the claims that it made last. No transaction is open while a 
 
 from __future__ import annotations
 
-import random
-import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import structlog
-from tenacity import RetryCallState, Retrying, retry_if_exception_type
-from tenacity.wait import wait_random_exponential
 
 from kbsync.connectors import Connector, Redirecting, refuse_older
-from kbsync.errors import KbsyncError, SourceBlocked, SourceError, SourceUnavailable
-from kbsync.facts import Provenance, Snapshot
+from kbsync.connectors.retries import jittered, pausing, retrying
+from kbsync.errors import Cancelled, KbsyncError, SourceBlocked, SourceError, SourceUnavailable, place_of
+from kbsync.facts import Entry, Provenance, Snapshot
 from kbsync.ledger import Ledger
 from kbsync.ledger.records import SourceState
 from kbsync.progress import Progress, silent
 
 __all__ = ["observe"]
 
-ATTEMPTS = 3
-FIRST_WAIT_SECONDS = 2.0
-LONGEST_WAIT_SECONDS = 60.0
-"""A source that asks for a longer pause than this is left alone until then; the pass goes on without it."""
-JITTER = 0.25
-"""Every wait is longer by up to this share, so that those who were refused together do not come back together."""
 BLOCKED_FIRST = timedelta(hours=1)
 COOLDOWN_LONGEST = timedelta(hours=24)
 MOST_GONE = 2_000
@@ -45,51 +36,104 @@ def observe(
     ledger: Ledger,
     *,
     progress: Progress = silent,
-    sleep: Callable[[float], None] | None = None,
+    cancelled: threading.Event | None = None,
 ) -> tuple[list[Snapshot], list[SourceError]]:
     """(snapshots, errors) of the connectors by source name, asked one after the other.
 
-    Raises nothing for a source that fails: its error is among the errors and its cooldown in the ledger.
+    Raises nothing for a source that fails: its error is among the errors and its cooldown in the ledger. Raises
+    Cancelled where `cancelled` is set, also in the middle of a wait.
     """
     snapshots: list[Snapshot] = []
     failures: list[SourceError] = []
+    asking = _Asking(ledger, cancelled or threading.Event())
     for done, (name, connector) in enumerate(connectors.items()):
         progress("fetch", done, len(connectors))
-        host = getattr(connector, "host", None)
-        with ledger.read() as db:
-            state = db.source_state(name)
-            rest = db.source_state(_as_source(host)) if host else SourceState("")
-            previous = db.last_accepted(name)
-        if cooling := _cooling(name, state) or _cooling(name, rest):
-            failures.append(cooling)
-            continue
+        asking.pause(0.0)
         try:
-            snapshots.append(_retrying(sleep)(_fetch, name, connector, previous, ledger))
+            snapshots.append(asking.ask(name, connector))
         except SourceError as error:
             failures.append(error)
-            log.warning("source_failed", source=name, problem=error.message)
-            _note(ledger, state, after := _after_failure(state, error))
-            if error.resting is not None:
-                _note(ledger, rest, replace(after, source=_as_source(error.resting)))
-        else:
-            _note(ledger, state, SourceState(name))
-            if host:
-                _note(ledger, rest, SourceState(_as_source(host)))
     progress("fetch", len(connectors), len(connectors))
     return snapshots, failures
+
+
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """One pass over the sources."""
+
+    ledger: Ledger
+    cancelled: threading.Event
+
+    def pause(self, seconds: float) -> None:
+        """Wait; a rollback or the end of the daemon does not wait for it. Raises Cancelled."""
+        if self.cancelled.wait(seconds):
+            raise Cancelled("cancelled while the sources were asked", hint="the next pass asks them again")
+
+    def ask(self, name: str, connector: Connector) -> Snapshot:
+        """What the source says, if it may be asked now; the ledger learns how it behaved. Raises SourceError."""
+        host = getattr(connector, "host", None)
+        with self.ledger.read() as db:
+            states = [db.source_state(one) for one in (name, host and _as_source(host)) if one]
+            previous = db.last_accepted(name)
+        for state in states:
+            if cooling := _cooling(name, state):
+                raise cooling
+        try:
+            with pausing(self.pause):
+                snapshot = retrying()(_fetch, name, connector, previous, self.ledger)
+        except SourceError as error:
+            self._note_failure(states[0], error)
+            raise
+        for state in states:
+            _note(self.ledger, state, SourceState(state.source))
+        return snapshot
+
+    def _note_failure(self, state: SourceState, error: SourceError) -> None:
+        log.warning("source_failed", source=state.source, problem=error.message)
+        after = [(state, _after_failure(state, error))]
+        if error.resting is not None:
+            with self.ledger.read() as db:
+                rest = db.source_state(_as_source(error.resting))
+            after.append((rest, _after_failure(rest, error)))
+        until = max((new.retry_at for _, new in after if new.retry_at), default=None)
+        if until is not None:
+            error.hint = "; ".join(
+                filter(None, (f"it is not asked again before {until:%Y-%m-%d %H:%M} UTC", error.hint))
+            )
+        for before, new in after:
+            _note(self.ledger, before, new)
 
 
 def _fetch(name: str, connector: Connector, previous: Provenance | None, ledger: Ledger) -> Snapshot:
     """What the connector gives; whatever else than a KbsyncError goes wrong in it may work later, and ends no pass."""
     try:
-        return _complemented(connector, previous, ledger)
+        snapshot = _complemented(connector, previous, ledger)
     except KbsyncError:
         raise
     except Exception as error:
-        # Where, not what: the text of a foreign error may have an address with a password in it.
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        problem = f"its connector failed: {type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
-        raise SourceUnavailable(name, problem, hint="this is a mistake in the connector, or in kbsync") from error
+        raise _mistake(name, error) from error
+    return replace(snapshot, content=_Content(name, snapshot.content))
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """The rows of a source, which may fail as they are read: that is the source's failure, too."""
+
+    source: str
+    rows: Iterable[Entry]
+
+    def __iter__(self) -> Iterator[Entry]:
+        try:
+            yield from self.rows
+        except KbsyncError:
+            raise
+        except Exception as error:
+            raise _mistake(self.source, error) from error
+
+
+def _mistake(source: str, error: Exception) -> SourceUnavailable:
+    problem = f"its connector failed: {place_of(error)}"
+    return SourceUnavailable(source, problem, hint="this is a mistake in the connector, or in kbsync")
 
 
 def _complemented(connector: Connector, previous: Provenance | None, ledger: Ledger) -> Snapshot:
@@ -130,55 +174,26 @@ def _cooling(source: str, state: SourceState) -> SourceError | None:
     return kind(source, problem, hint="kbsync status shows the sources and their cooldowns")
 
 
-def _retrying(sleep: Callable[[float], None] | None) -> Retrying:
-    retrying = Retrying(
-        stop=_enough,
-        wait=_wait,
-        retry=retry_if_exception_type(SourceUnavailable),
-        reraise=True,
-    )
-    return retrying.copy(sleep=sleep) if sleep else retrying
-
-
-def _enough(state: RetryCallState) -> bool:
-    """Tried often enough, or asked to wait for longer than a pass should last."""
-    return state.attempt_number >= ATTEMPTS or (_wish(state) or 0.0) > LONGEST_WAIT_SECONDS
-
-
-def _wait(state: RetryCallState) -> float:
-    """Exponential backoff; where the source says how long, that, doubled with every refusal."""
-    wish = _wish(state)
-    if wish is None:
-        return wait_random_exponential(multiplier=FIRST_WAIT_SECONDS, max=LONGEST_WAIT_SECONDS)(state)
-    return _jittered(wish * 2 ** (state.attempt_number - 1))
-
-
-def _jittered(seconds: float) -> float:
-    return seconds * (1 + random.uniform(0, JITTER))  # noqa: S311 (no secret)
-
-
-def _wish(state: RetryCallState) -> float | None:
-    error = state.outcome.exception() if state.outcome else None
-    return error.retry_after if isinstance(error, SourceUnavailable) else None
-
-
 def _after_failure(state: SourceState, error: SourceError) -> SourceState:
     """The cooldown that follows: 1 h where the source refuses us, its own wish where it has one; doubled with every
-    failure in a row, up to 24 h."""
+    such failure in a row, up to 24 h. Failures of other kinds count for themselves."""
     now = datetime.now(UTC)
-    retry_at = None
     blocked = isinstance(error, SourceBlocked)
     wish = error.retry_after if isinstance(error, SourceUnavailable) else None
-    if blocked or wish:
-        first = BLOCKED_FIRST.total_seconds() if blocked else _jittered(wish or 0.0)
-        pause = first * 2 ** min(state.failures, 20)
-        retry_at = now + min(timedelta(seconds=pause), COOLDOWN_LONGEST)
+    pauses = blocked or bool(wish)
+    same = (state.blocked, state.retry_at is not None) == (blocked, pauses)
+    failures = state.failures + 1 if same else 1
+    retry_at = None
+    if pauses:
+        first = BLOCKED_FIRST.total_seconds() if blocked else jittered(wish or 0.0)
+        retry_at = now + min(timedelta(seconds=first * 2 ** min(failures - 1, 20)), COOLDOWN_LONGEST)
+    problem = error.message.removeprefix(f"source {error.source}: ")
     return SourceState(
         source=state.source,
-        failures=state.failures + 1,
+        failures=failures,
         blocked=blocked,
         retry_at=retry_at,
-        last_error=error.message,
+        last_error=problem,
     )
 
 

@@ -29,7 +29,7 @@ from kbsync.config import Workspace
 from kbsync.connectors import Connector
 from kbsync.cost import cost_of
 from kbsync.editor.job import ControlFile, EditResult
-from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, Moved, SourceError, UsageError
+from kbsync.errors import Cancelled, GateRejected, Held, KbsyncError, Moved, SourceError, UsageError, place_of
 from kbsync.facts import EditRequest, Provenance, Snapshot
 from kbsync.gate import shortfalls_by_policy
 from kbsync.intake import Intake, take_in
@@ -243,7 +243,7 @@ class Reconciler:
 
     def _observe(self, connectors: Mapping[str, Connector]) -> _Observed:
         """Snapshots of the sources, and what kept others from answering. Raises that where none answered."""
-        snapshots, failures = observe(connectors, self.ledger, progress=self.progress)
+        snapshots, failures = observe(connectors, self.ledger, progress=self.progress, cancelled=self.cancelled)
         if failures and not snapshots:
             raise failures[0]
         return snapshots, failures
@@ -289,6 +289,9 @@ class Reconciler:
             status = "superseded" if isinstance(error, Moved) else "failed"
             self._end(run_id, status, error.message)
             return Report(policy=policy.policy, status=status, run_id=run_id, problems=[error])
+        except Exception as error:
+            self._end(run_id, "failed", place_of(error))
+            raise
 
     def _decide(
         self,
@@ -421,6 +424,11 @@ class _Anew:
     @property
     def warnings(self) -> Sequence[str]:
         return self.connector.warnings
+
+    @property
+    def host(self) -> str | None:
+        """The host that the connector asks, if any."""
+        return getattr(self.connector, "host", None)
 
     def fetch(self, _previous: Provenance | None) -> Snapshot:
         return self.connector.fetch(None)

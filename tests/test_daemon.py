@@ -18,6 +18,7 @@ from kbsync.commands import perform
 from kbsync.config import Workspace
 from kbsync.errors import Cancelled, KbsyncError, UsageError
 from kbsync.ledger import Ledger
+from tests.faultserver import FaultServer, answer
 from tests.workspaces import TestWorkspace, workspace
 
 STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris"}
@@ -187,6 +188,30 @@ def test_a_rollback_cancels_the_running_edit_and_goes_first(made: TestWorkspace,
     [report] = perform(made.root, "sync", {}, user="ada")["reports"]
     assert (report["status"], report["versions"]) == ("done", [2])  # what was cancelled is planned again
     assert daemon.end() == 0
+
+
+def test_a_sources_pause_keeps_neither_a_rollback_nor_the_end_waiting(
+    made: TestWorkspace, start: Callable[[], Running]
+) -> None:
+    """Both end the wait at once; the run is finished as cancelled, and the pass begins again after the rollback."""
+    with FaultServer() as server:
+        server.on("/stars.csv", answer(status=429, headers={"Retry-After": "55"}))
+        file = made.root / "sources" / "stars.yaml"
+        file.write_text(file.read_text().replace("location: stars.csv", f"location: {server.url('/stars.csv')}"))
+        config = made.root / "kbsync.yaml"
+        config.write_text(config.read_text() + "grace: 20s\n")
+        daemon = start()
+        daemon.wait_for(lambda: server.requests)
+        with pytest.raises(UsageError, match="no such version"):
+            perform(made.root, "rollback", {"to": 7}, user="ada")
+        assert len(server.requests) == 1
+        daemon.wait_for(lambda: len(server.requests) == 2)
+        assert daemon.end() == 0
+        assert daemon.events("work_abandoned") == []
+    ledger = Ledger.open(Workspace.load(made.root).ledger_url)
+    with ledger.read() as db:
+        assert [run.status for run in db.runs()] == ["cancelled", "cancelled"]
+    ledger.close()
 
 
 def children(pid: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,7 @@ import pytest
 from kbsync import observe as module
 from kbsync.connectors import Connector, make_connector
 from kbsync.connectors.endpoint import RESULTS
-from kbsync.errors import SourceBlocked, SourceError, SourceInvalid, SourceUnavailable
+from kbsync.errors import Cancelled, SourceBlocked, SourceError, SourceInvalid, SourceUnavailable
 from kbsync.facts import Provenance, Snapshot
 from kbsync.ledger import Ledger, SourceState
 from kbsync.observe import observe
@@ -57,15 +58,30 @@ class Scripted:
         return self.answer
 
 
+class Clock(threading.Event):
+    """A cancellation that never comes, and on which nobody really waits; `cancel_in` sets it in that wait."""
+
+    def __init__(self, cancel_in: int = 0) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+        self.cancel_in = cancel_in
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Note the wait."""
+        if timeout:
+            self.waits.append(timeout)
+        return bool(timeout) and len(self.waits) == self.cancel_in
+
+
 def refused(seconds: float | None) -> SourceUnavailable:
     return SourceUnavailable("feed", "status 429", retry_after=seconds)
 
 
 def look(ledger: Ledger, connector: Connector) -> tuple[list[Snapshot], list[SourceError], list[float]]:
     """One pass: what came, what failed, and how long was waited in between."""
-    waits: list[float] = []
-    snapshots, failures = observe({"feed": connector}, ledger, sleep=waits.append)
-    return snapshots, failures, waits
+    clock = Clock()
+    snapshots, failures = observe({"feed": connector}, ledger, cancelled=clock)
+    return snapshots, failures, clock.waits
 
 
 def state(ledger: Ledger) -> SourceState:
@@ -182,7 +198,7 @@ def test_a_host_that_wants_to_be_left_alone_is_asked_by_no_source_of_it(
     two = governors(tmp_path, faults.on("/two", answer(WHOLE, kind=RESULTS)), source="two")
     sent = len(faults.requests)
     with opened(tmp_path) as ledger:
-        _, failures = observe({"feed": one, "two": two}, ledger, sleep=lambda _: None)
+        _, failures = observe({"feed": one, "two": two}, ledger, cancelled=Clock())
         assert [error.source for error in failures] == ["feed", "two"]
         assert all(f"status {status}" in error.message for error in failures)
         assert len(faults.requests) - sent == 1
@@ -209,11 +225,100 @@ class Broken:
 def test_a_mistake_in_a_connector_is_that_sources_failure(tmp_path: Path) -> None:
     """Tried again with the limit, told without the text of a foreign error, and no reason to stop for the others."""
     with opened(tmp_path) as ledger:
-        snapshots, failures = observe({"bad": Broken(), "feed": Scripted([])}, ledger, sleep=lambda _: None)
+        snapshots, failures = observe({"bad": Broken(), "feed": Scripted([])}, ledger, cancelled=Clock())
     [error] = failures
     assert "its connector failed: ZeroDivisionError at test_observe.py:" in error.message
     assert "secret" not in error.message
     assert len(snapshots) == 1
+
+
+class Lazy:
+    """A connector whose mistake shows only when its rows are read."""
+
+    warnings = ()
+
+    def fetch(self, previous: Provenance | None) -> Snapshot:  # noqa: ARG002 (the protocol's)
+        """A good first row, and then a mistake."""
+
+        class Rows:
+            def __iter__(self) -> Iterator[Any]:
+                yield from snapshot(*claims(Vega="Lyra")).content
+                raise KeyError("postgresql://me:secret@host")
+
+        return replace(snapshot(), content=Rows())
+
+
+def test_a_mistake_while_rows_are_read_is_that_sources_failure_too(tmp_path: Path) -> None:
+    """Wherever they are read: it is a SourceError with type and place, and without the text of the foreign one."""
+    with opened(tmp_path) as ledger:
+        [found], _, _ = look(ledger, Lazy())
+    with pytest.raises(
+        SourceUnavailable, match=r"source feed: its connector failed: KeyError at test_observe"
+    ) as caught:
+        list(found.content)
+    assert "secret" not in caught.value.message
+
+
+def test_a_cancelled_pass_does_not_wait_for_a_pause(tmp_path: Path) -> None:
+    """The wait itself ends, nothing is asked again, and no cooldown is written for what nobody refused."""
+    source = Scripted([refused(55)] * 3)
+    with opened(tmp_path) as ledger:
+        with pytest.raises(Cancelled):
+            observe({"feed": source}, ledger, cancelled=Clock(cancel_in=1))
+        assert source.fetches == 1
+        assert state(ledger) == SourceState("feed")
+        stopped = threading.Event()
+        stopped.set()
+        with pytest.raises(Cancelled):
+            observe({"feed": source}, ledger, cancelled=stopped)
+        assert source.fetches == 1
+
+
+@pytest.mark.parametrize("seconds", [0.0, 20.0, 60.0])
+def test_every_wait_is_at_least_a_second_and_at_most_a_minute(tmp_path: Path, seconds: float) -> None:
+    """Also where the source asks for none, or twice its wish would be longer."""
+    with opened(tmp_path) as ledger:
+        _, _, waits = look(ledger, Scripted([refused(seconds)] * 3))
+    assert len(waits) == 2
+    assert all(max(1.0, seconds) <= wait <= 60.0 for wait in waits)
+
+
+def test_only_refusals_make_the_pause_after_a_refusal_longer(tmp_path: Path) -> None:
+    """Failures of another kind before a 403 do not count; the hint and the ledger say until when it is left alone."""
+    with opened(tmp_path) as ledger:
+        for _ in range(3):
+            look(ledger, Scripted([refused(None)] * 3))
+        for hours in (1, 2, 4):
+            _, [error], _ = look(ledger, Scripted([SourceBlocked("feed", "status 403", hint="see `user_agent`")]))
+            until = state(ledger).retry_at
+            assert until is not None
+            assert abs(until - datetime.now(UTC) - hours * HOUR) < timedelta(minutes=1)
+            assert error.hint == f"it is not asked again before {until:%Y-%m-%d %H:%M} UTC; see `user_agent`"
+            assert state(ledger).last_error == "status 403"
+            _, [error], _ = look(ledger, Scripted([]))
+            assert error.message.count("source feed") == 1
+            let_pass(ledger)
+
+
+def test_feeds_of_one_host_rest_together(tmp_path: Path, faults: FaultServer) -> None:
+    """A 403 to one CSV feed keeps the others of its host from asking; a file has no host."""
+
+    def feed(name: str, location: str) -> Connector:
+        declared = {"source": name, "type": "csv", "relation": "r", "columns": {"subject": "s", "object": "o"}}
+        return make_connector(Source.model_validate({**declared, "location": location}), folder=tmp_path)
+
+    (tmp_path / "own.csv").write_text("s,o\nVega,Lyra\n")
+    one = feed("one", faults.on("/one.csv", answer(status=403)))
+    two = feed("two", faults.on("/two.csv", answer(b"s,o\nVega,Lyra\n")))
+    sent = len(faults.requests)
+    with opened(tmp_path) as ledger:
+        own = feed("own", "own.csv")
+        snapshots, failures = observe({"one": one, "two": two, "own": own}, ledger, cancelled=Clock())
+    assert ([snapshot.source for snapshot in snapshots], [error.source for error in failures]) == (
+        ["own"],
+        ["one", "two"],
+    )
+    assert len(faults.requests) - sent == 1
 
 
 # The fault matrix: sources ----------------------------------------------------------------------------------------

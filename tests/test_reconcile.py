@@ -12,7 +12,7 @@ import kbsync
 from kbsync.config import Workspace
 from kbsync.editor.answers import log_probabilities
 from kbsync.errors import BaseMismatch, Cancelled, GateRejected, Held, Moved, UsageError
-from kbsync.facts import FactKey
+from kbsync.facts import FactKey, Provenance, Snapshot
 from kbsync.garbage import collect
 from kbsync.ledger import Ledger
 from kbsync.reconcile import Reconciler
@@ -452,3 +452,35 @@ def test_a_flipped_byte_in_a_delta_is_named_refused_and_an_earlier_version_is_of
     with made.open() as reconciler:
         rollback(reconciler.line(), 0)
     assert head(made) == 0
+
+
+class _Mistaken:
+    """A connector that fails while its rows are read: KeyError, with a secret in its text."""
+
+    warnings = ()
+
+    def fetch(self, previous: Provenance | None) -> Snapshot:  # noqa: ARG002 (the protocol's)
+        """A snapshot without rows that can be read."""
+        provenance = Provenance("stars.csv", datetime.now(UTC), 200, "ab" * 32)
+        rows = (row[0] for row in [{"postgresql://me:secret@host": 1}])
+        return Snapshot("stars", "constellation", provenance, content=rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["connector", "kbsync"])
+def test_no_run_stays_running_whatever_fails(made: TestWorkspace, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A connector's mistake is a failed pass in one line, kbsync's own an exception; neither's text is kept."""
+    with made.open() as reconciler:
+        if where == "connector":
+            monkeypatch.setattr(type(reconciler.catalog), "connector", lambda *_: _Mistaken())
+            [report] = reconciler.sync()
+            assert report.status == "failed"
+            assert "its connector failed: KeyError at test_reconcile.py" in report.problems[0].message
+        else:
+            monkeypatch.setattr("kbsync.reconcile.take_in", lambda *_: {}["secret"])
+            with pytest.raises(KeyError):
+                reconciler.sync()
+        with reconciler.ledger.read() as db:
+            [run] = db.runs()
+    assert run.status == "failed"
+    assert "KeyError at test_reconcile.py" in run.message
+    assert "secret" not in run.message

@@ -41,7 +41,8 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
     for warning in found["warnings"]:
         say(f"[yellow]warning:[/] {escape(warning)}")
     for source in found["sources"]:
-        say(f"[yellow]source {escape(source['source'])}[/]: {escape(source['last_error'])}")
+        until = f"; not asked again before {iso(source['retry_at'])}" if source["retry_at"] else ""
+        say(f"[yellow]source {escape(source['source'])}[/]: {escape(source['last_error'])}{until}")
     return None
 
 

@@ -229,6 +229,11 @@ class FeedConnector:
         self._location = Location(source.source, options.location, options, place, declaration, options.headers)
 
     @property
+    def host(self) -> str | None:
+        """The host that is asked, if any (see `Location.host`)."""
+        return self._location.host
+
+    @property
     def warnings(self) -> Sequence[str]:
         """A file that is not there (yet), and secrets that are written out."""
         absent = () if self._location.exists() else (f"location: {self.options.location} does not exist",)

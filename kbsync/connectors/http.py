@@ -271,12 +271,11 @@ class _Exchange:
         """The error of a host that wants to be left alone."""
         error: SourceError
         if status == 403:
-            hint = f"it is not asked again for an hour; see that `user_agent` in {self._file} names a contact"
+            hint = f"see that `user_agent` in {self._file} names a contact"
             error = SourceBlocked(self._source, problem, hint=hint)
         else:
             wait = max(FLOOR_SECONDS, DEFAULT_SECONDS if wait is None else wait)
-            hint = f"it is asked again in {wait:.0f} s"
-            error = SourceUnavailable(self._source, problem, retry_after=wait, hint=hint)
+            error = SourceUnavailable(self._source, problem, retry_after=wait)
         error.resting = url.netloc.decode()
         return error
 

@@ -71,6 +71,11 @@ class Location:
         return f"sources/{self.source}.yaml"
 
     @property
+    def host(self) -> str | None:
+        """The host of an address, with its port where that is not the usual one; None of a file."""
+        return httpx.URL(self.location).netloc.decode() if is_url(self.location) else None
+
+    @property
     def name(self) -> str:
         """The last part of the path: `stars.csv.gz`."""
         path = httpx.URL(self.location).path if is_url(self.location) else self.location
