@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.ledgers import Clock, claim, decide, facts, opened, snapshot, sync
+from kbsync.versions.manifest import ActiveDelta
+from tests.ledgers import Clock, applied, claim, decide, facts, opened, register, snapshot, sync, version
 from tests.test_cli import Line
 
 
@@ -70,3 +73,60 @@ def test_a_thing_is_shown_with_its_names_and_relations(line: Line) -> None:
     assert "constellation" in line.run("entity", "S07")
     assert json.loads(line.run("entity", "feed:S07", "--json"))["names"][0]["name"] == "S07"
     assert "nothing of that" in line.fails("history", "Nobody", code=2)[0]
+
+
+def test_what_was_true_then_is_a_page_and_a_count_of_claims(line: Line) -> None:
+    """Like the list of facts: nothing is cut without a word."""
+    said = line.run("facts", "--valid-at", "2020")
+    assert "60 claims, the first 50" in said
+    assert "60 claims" in line.run("facts", "--valid-at", "2020", "--limit", "0").splitlines()[-1]
+    assert len(line.json("facts", "--valid-at", "2020")) == 60
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [("--csv",), ("--json",), ("--ntriples",), ("--limit", "0"), ("--valid-at", "2020", "--csv")],
+    ids=" ".join,
+)
+def test_a_reader_that_has_enough_ends_a_long_answer_quietly(asked: tuple[str, ...], tmp_path: Path) -> None:
+    """As `kbsync facts … | head -1` does: no traceback, no log, and the exit code of a closed pipe."""
+    (tmp_path / "kbsync.yaml").write_text("model: smollm2-135m\n")
+    (tmp_path / "data").mkdir()
+    names = {f"S{number:04}": "Lyra" for number in range(3000)}
+    with opened(tmp_path / "data") as ledger:
+        sync(ledger, snapshot(*(claim(name, place) for name, place in names.items())))
+        decide(ledger, facts(**names))
+    command = [sys.executable, "-m", "kbsync", "facts", *asked, "--workspace", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout
+        assert running.stderr
+        assert running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
+def test_a_change_names_the_version_that_it_led_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fact that came back is held by an earlier version, too, which is not the one that brought it back; what no
+    version holds yet has none."""
+    (tmp_path / "kbsync.yaml").write_text("model: tiny\n")
+    (tmp_path / "data").mkdir()
+    clock = Clock()
+    with opened(tmp_path / "data", clock) as ledger:
+        register(ledger)
+        for number, place in enumerate(("Orion", "Rome", "Orion")):
+            sync(ledger, snapshot(claim("Vega", place)))
+            decide(ledger, facts(Vega=place))
+            clock.turn(hours=1)
+            put, delta = applied("Vega", place, f"{number}" * 64, 0), ActiveDelta(delta=f"{number}" * 64)
+            with ledger.write() as db:
+                db.publish(version(number + 1, number, put, active=[delta]))
+            clock.turn(hours=1)
+        decide(ledger, facts(Vega="Rome"))
+    changes = Line(tmp_path, capsys).json("changes", "--since", "2026-01-01")
+    assert [(row["after"], row["version"]) for row in changes] == [
+        ("Orion", 1),
+        ("Rome", 2),
+        ("Orion", 3),
+        ("Rome", None),
+    ]

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.markup import escape
 from rich.tree import Tree
 
 from kbsync.cli.common import AsJson, Root, console, emit, opened
-from kbsync.cli.read import model_row, one_subject, short
+from kbsync.cli.read import model_row, one_subject, plan_now, short
 
 if TYPE_CHECKING:
     from kbsync.config import Workspace
     from kbsync.facts import EditRequest, FactKey
     from kbsync.ledger import Ledger, Reader
-    from kbsync.ledger.lineage import ClaimLink, Lineage
+    from kbsync.ledger.lineage import Lineage
+    from kbsync.ledger.links import ClaimLink
+    from kbsync.policy import Policy
 
 __all__ = ["app"]
 
@@ -42,32 +44,51 @@ def blame(
         with ledger.read() as db:
             key = FactKey(relation, one_subject(db, subject))
             named = model or (row.id if (row := model_row(workspace, db)) else None)
-            request, kept_out = _asked(workspace, db, key)
-            chain = lineage(db, key, model=named, request=request, kept_out=kept_out)
-        asked = chain.column.request if chain.column else request
-        measured = _measure(workspace, ledger, asked) if now and asked else None
+            asked = _asked(workspace, db, key)
+            chain = lineage(
+                db, key, model=named, kept_out=asked.kept_out, unasked=lambda: _unasked(db, asked.policy, key, named)
+            )
+        request = chain.column.request if chain.column else asked.request
+        measured = _measure(workspace, ledger, request) if now and request else None
     if as_json:
         return emit(chain.to_json() | ({"now": measured} if now else {}))
     console.print(_drawn(chain, measured), soft_wrap=False)
     return None
 
 
-def _asked(workspace: Workspace, db: Reader, key: FactKey) -> tuple[EditRequest | None, str]:
-    """What the policy asks the model for a key, and why it never does, if so."""
+class _Asked(NamedTuple):
+    """The policy that has a key's relation, what it asks the model for the key, and why it never does, if so."""
+
+    policy: Policy | None
+    request: EditRequest | None
+    kept_out: str
+
+
+def _asked(workspace: Workspace, db: Reader, key: FactKey) -> _Asked:
     from kbsync.catalog import load_catalog
     from kbsync.policy import Relation, render
 
-    wordings = [policy.wording() for policy in load_catalog(workspace).policies.values()]
-    words = next((said[key.relation] for said in wordings if key.relation in said), None)
-    if words is None:
-        return None, f"no policy has the relation {key.relation}"
-    row = db.fact_row(key.relation, db.merged(key.subject))
+    policies = load_catalog(workspace).policies.values()
+    policy = next((policy for policy in policies if key.relation in policy.wording()), None)
+    if policy is None:
+        return _Asked(None, None, f"no policy has the relation {key.relation}")
+    words, row = policy.wording()[key.relation], db.fact_row(key.relation, db.merged(key.subject))
     request = render(row.fact, words) if row else None
     if isinstance(words, Relation) and words.cardinality == "many":
-        return request, "a relation of cardinality many is recorded, never edited"
+        return _Asked(policy, request, "a relation of cardinality many is recorded, never edited")
     if isinstance(words, Relation) and not set(db.ids_of(key.subject)).isdisjoint(words.protected):
-        return request, "the policy protects this subject: it is recorded, never edited"
-    return request, ""
+        return _Asked(policy, request, "the policy protects this subject: it is recorded, never edited")
+    return _Asked(policy, request, "")
+
+
+def _unasked(db: Reader, policy: Policy | None, key: FactKey, model: str | None) -> str:
+    """Why a plan made now would not ask the model for a key; nothing where it would."""
+    if policy is None or model is None:
+        return ""
+    plan = plan_now(db, policy, model)
+    if key in plan.known:
+        return "the model knows it without an edit"
+    return next((f"blocked: {no.reason}" for no in plan.blocked if no.key == key), "")
 
 
 def _measure(workspace: Workspace, ledger: Ledger, request: EditRequest) -> dict[str, Any]:
@@ -178,7 +199,8 @@ def _decision_lines(chain: Lineage) -> list[str]:
     if chain.ruling:
         lines.append(f"ruled by {escape(chain.ruling['by'])}: {escape(chain.ruling['reason'])}")
     lines += [f"[yellow]{escape(text)}[/]" for text in chain.conflicts]
-    return [*lines, f"[yellow]waits, {escape(chain.waiting)}[/]" if chain.waiting else ""]
+    lines += [f"[yellow]waits, {escape(chain.waiting)}[/]"] if chain.waiting else []
+    return [*lines, f"[yellow]run {chain.approval} waits for approval and changes it[/]" if chain.approval else ""]
 
 
 def _plan_lines(chain: Lineage) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.cells import cell_len
@@ -32,6 +34,7 @@ __all__ = [
     "console",
     "emit",
     "opened",
+    "printing",
     "probe_line",
     "say",
     "share",
@@ -58,7 +61,30 @@ GAP = 2
 LONGEST_WORD = 24
 """Terminal columns up to which a word is not broken, however narrow the terminal."""
 
-console = Console(highlight=False, soft_wrap=True)
+
+def _reader_gone() -> NoReturn:
+    """Who read stdout has enough (`kbsync facts | head`): end as the shell's own tools do, with 128 + SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(141)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end with 1."""
+        _reader_gone()
+
+
+console = _Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def printing() -> Iterator[TextIO]:
+    """stdout for what is no table; ends the command quietly where nobody reads on."""
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _reader_gone()
 
 
 def user() -> str:
@@ -76,7 +102,13 @@ def say(text: str = "") -> None:
 
 def emit(value: object) -> None:
     """One JSON document on stdout: what `--json` prints, sorted keys, UTF-8."""
-    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str) + "\n")
+    with printing() as out:
+        out.write(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: object) -> str:
+    """A time as ISO 8601, the form of every time that `--json` prints; anything else as its text."""
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 @contextmanager

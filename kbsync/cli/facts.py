@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from rich.markup import escape
 
-from kbsync.cli.common import AsJson, Root, emit, say, table
+from kbsync.cli.common import AsJson, Root, emit, printing, say, table
 from kbsync.cli.read import Relation, moment, one_subject, reading, short
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ def facts(
     if limit is None and form is None:
         limit = PAGE
     with reading(root) as (_, db):
-        rows = db.select_facts(wanted, limit or None) if valid_at is None else db.claims_valid_at(wanted, valid_at)
-        rows = islice(rows, limit or None)
-        if form is not None:
-            return _export(rows, form, parquet or out, prefixes)
-        shown = list(rows)
-        total = db.count_facts(wanted) if valid_at is None else len(shown)
-    return _say_facts(shown, total, valid=valid_at is not None)
+        found = db.select_facts(wanted, limit or None) if valid_at is None else db.claims_valid_at(wanted, valid_at)
+        with closing(found):
+            if form is not None:
+                return _export(islice(found, limit or None), form, parquet or out, prefixes)
+            shown = list(islice(found, limit or None))
+            rest = sum(1 for _ in found) if valid_at is not None else db.count_facts(wanted) - len(shown)
+    return _say_facts(shown, len(shown) + rest, valid=valid_at is not None)
 
 
 def _form(**given: bool) -> str | None:
@@ -117,7 +117,8 @@ def _export(rows: Iterator[FactRow], form: str, out: Path | None, prefixes: Mapp
             return write(file)
 
     if out is None:
-        return write(sys.stdout)
+        with printing() as stdout:
+            return write(stdout)
     write_durably(out, fill)
     return None
 
@@ -140,10 +141,11 @@ def _say_facts(rows: list[FactRow], total: int, *, valid: bool) -> None:
         for row in rows
     ]
     table("facts", [*columns, "since"], ([row[name] for name in (*columns, "since")] for row in found))
+    what = "claims" if valid else "facts"
     if total > len(rows):
-        say(f"{total} facts, the first {len(rows)}; --limit N shows more, --csv, --json and --parquet export all")
+        say(f"{total} {what}, the first {len(rows)}; --limit N shows more, --csv, --json and --parquet export all")
     elif total > 1:
-        say(f"{total} facts")
+        say(f"{total} {what}")
 
 
 @app.command()

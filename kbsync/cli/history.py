@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kbsync.cli.common import AsJson, Root, emit, say, table
+from kbsync.cli.common import AsJson, Root, emit, printing, say, table
 from kbsync.cli.read import Relation, model_row, moment, one_subject, reading, required_model, short
 
 if TYPE_CHECKING:
@@ -102,9 +102,8 @@ def changes(
     if as_json:
         return emit(rows)
     if as_csv:
-        import sys
-
-        return write_csv(_CSV, ({name: row[name] for name in _CSV} for row in rows), sys.stdout)
+        with printing() as out:
+            return write_csv(_CSV, ({name: row[name] for name in _CSV} for row in rows), out)
     return _say_changes(since, found, rows, limit)
 
 
@@ -192,23 +191,24 @@ def _say_summary(since: str, found: Sequence[Event]) -> None:
 
 
 def _versions(db: Reader, found: Sequence[Event], model: str | None) -> dict[int, int]:
-    """Place in `found` -> the first version that held the object after it."""
+    """Place in `found` -> the first version made since that holds the object after it."""
     if model is None:
         return {}
     from kbsync.ledger.read_subjects import chunks
 
     subjects = {event.key.subject for event in found if event.key and event.after}
-    held: dict[tuple[str, str, str], int] = {}
+    held: dict[tuple[str, str, str], set[int]] = {}
+    made = db.made_at(model)
     for some in chunks(sorted(subjects)):
         for place in db.placements(some, model):
-            if place.versions:
-                key = (*place.applied.request.key, place.applied.object_id)
-                held[key] = min(held.get(key, place.versions[0]), *place.versions)
-    return {
-        index: held[key]
-        for index, event in enumerate(found)
-        if event.key and event.after and (key := (*event.key, event.after.id)) in held
-    }
+            key = (*place.applied.request.key, place.applied.object_id)
+            held.setdefault(key, set()).update(place.versions)
+    first = {}
+    for index, event in enumerate(found):
+        if event.key and event.after:
+            holding = held.get((*event.key, event.after.id), ())
+            first[index] = min((number for number in holding if made[number] >= event.at), default=None)
+    return {index: number for index, number in first.items() if number is not None}
 
 
 def _time(text: str, workspace: Workspace, db: Reader) -> datetime:

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from kbsync.cli.common import AsJson, Root, emit, say, share, table
-from kbsync.cli.read import iso, model_row, reading
+from kbsync.cli.read import iso, model_row, plan_now, reading
 
 if TYPE_CHECKING:
     from kbsync.config import Workspace
@@ -110,18 +110,8 @@ def _say_capacity(found: Mapping[str, Any] | None) -> None:
 
 def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:
     """Edits and retractions that the ledger as it is now still asks for."""
-    from kbsync.plan import make_plan
-
-    head, holds = (model.head, db.holds(model.id)) if model else (0, {})
-    applied = db.applied(model.id, head) if model else {}
-    known = db.known_to(model.id, model.head) if model else set()
-    moved, name, count = db.redirects(), model.id if model else "", 0
-    for policy in catalog.policies.values():
-        words = policy.wording()
-        facts = db.facts(tuple(words))
-        plan = make_plan(facts, applied, holds, words, known=known, moved=moved, model=name, head=head)
-        count += len(plan.edits) + len(plan.retractions)
-    return count
+    plans = [plan_now(db, policy, model.id if model else None) for policy in catalog.policies.values()]
+    return sum(len(plan.edits) + len(plan.retractions) for plan in plans)
 
 
 def _policy_state(name: str, db: Reader) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -115,8 +115,9 @@ class FactReader(Session):
         """The same facts with their time, run and provenance, by relation and subject label."""
         return list(self._rows(*_valid(relations, as_of)))
 
-    def select_facts(self, wanted: FactFilter, limit: int | None = None) -> Iterator[FactRow]:
-        """The facts that pass a filter, one after the other, never all in memory; by relation and subject label."""
+    def select_facts(self, wanted: FactFilter, limit: int | None = None) -> Generator[FactRow]:
+        """The facts that pass a filter, one after the other, never all in memory; by relation and subject label. Who
+        does not read to the end closes it while the ledger is open: it is a server's cursor."""
         return self._rows(*wanted.conditions(), limit=limit)
 
     def count_facts(self, wanted: FactFilter) -> int:
@@ -124,8 +125,9 @@ class FactReader(Session):
         query = select(func.count()).select_from(schema.fact).where(*wanted.conditions())
         return self._connection.scalar(query) or 0
 
-    def claims_valid_at(self, wanted: FactFilter, date: str) -> Iterator[FactRow]:
-        """What sources say was true at `date` (ISO 8601, or its beginning), as kbsync knows it now or at `as_of`.
+    def claims_valid_at(self, wanted: FactFilter, date: str) -> Generator[FactRow]:
+        """What sources say was true at `date` (ISO 8601, or its beginning), as kbsync knows it now or at `as_of`; to be
+        closed like `select_facts`.
 
         Dates are compared as far as both are known: what began in 2011 was true at 2011-03. A claim without dates is
         always true, a deprecated one never. Raises UsageError for what is no date.
@@ -148,7 +150,7 @@ class FactReader(Session):
             .where(*known, *wanted.about(claim), claim.c.rank != "deprecated")
             .order_by(claim.c.relation, claim.c.subject_label, claim.c.id)
         )
-        return (_claim_row(row) for row in self._streamed(query) if _covers(row.valid_from, row.valid_to, at))
+        return self._streamed(query, _claim_row, lambda row: _covers(row.valid_from, row.valid_to, at))
 
     def fact_row(self, relation: str, subjects: Collection[str]) -> FactRow | None:
         """The live fact of a key, by any of the ids of its subject; None where there is none."""
@@ -170,7 +172,7 @@ class FactReader(Session):
 
     def _rows(
         self, *which: ColumnElement[bool], order: Sequence[ColumnElement[Any]] = (), limit: int | None = None
-    ) -> Iterator[FactRow]:
+    ) -> Generator[FactRow]:
         table, fetch, claim = schema.fact, schema.fetch, schema.claim
         newest = (
             select(fetch.c.id)
@@ -189,13 +191,18 @@ class FactReader(Session):
             .order_by(*(order or (table.c.relation, table.c.subject_label, table.c.id)))
             .limit(limit)
         )
-        return map(_fact_row, self._streamed(query))
+        return self._streamed(query, _fact_row)
 
-    def _streamed(self, query: Select[Any]) -> Iterator[Any]:
-        """The rows of a long answer. Closed at the end, also where nobody reads to the end: it is a server's cursor."""
+    def _streamed(
+        self,
+        query: Select[Any],
+        made: Callable[[Any], FactRow],
+        wanted: Callable[[Any], bool] = lambda _: True,
+    ) -> Generator[FactRow]:
+        """The rows of a long answer that are wanted; its cursor is closed with it."""
         result = self._connection.execute(query, execution_options={"yield_per": STREAMED})
         try:
-            yield from result
+            yield from (made(row) for row in result if wanted(row))
         finally:
             result.close()
 

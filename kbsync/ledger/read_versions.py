@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
@@ -64,6 +65,12 @@ class VersionReader(Session):
         table = schema.version
         query = select(table.c.number, table.c.parent).where(table.c.model == model, table.c.parent.is_not(None))
         return {row.number: row.parent for row in self._connection.execute(query)}
+
+    def made_at(self, model: str) -> dict[int, datetime]:
+        """Version -> when it was made."""
+        table = schema.version
+        query = select(table.c.number, table.c.created_at).where(table.c.model == model)
+        return {row.number: row.created_at for row in self._connection.execute(query)}
 
     def retired(self) -> dict[str, int]:
         """Models whose versions were given up -> the newest of those: their files need not be there."""
