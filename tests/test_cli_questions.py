@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from kbsync.facts import Conflict
 from kbsync.versions.manifest import ActiveDelta
-from tests.ledgers import Clock, applied, claim, decide, facts, opened, register, snapshot, sync, version
+from tests.ledgers import Clock, applied, claim, decide, facts, key, opened, register, snapshot, sync, version
 from tests.test_cli import Line
 
 
@@ -130,3 +131,13 @@ def test_a_change_names_the_version_that_it_led_to(tmp_path: Path, capsys: pytes
         ("Orion", 3),
         ("Rome", None),
     ]
+
+
+def test_a_conflict_has_each_claim_once(line: Line) -> None:
+    """In JSON, with its provenance."""
+    sides = (claim("S07", "Lyra"), claim("S07", "Draco", "line 3"))
+    with opened(line.root / "data") as ledger:
+        decide(ledger, facts(S08="Lyra"), Conflict(key("S07"), "rows", sides, "two objects"))
+    [row] = line.json("conflicts", "list")["conflicts"]
+    assert [side["object"] for side in row["claims"]] == ["Lyra", "Draco"]
+    assert "claims" not in row["conflict"]

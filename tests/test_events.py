@@ -223,3 +223,30 @@ def test_no_question_about_one_subject_reads_all_facts_or_claims(story: tuple[Pa
     for table in ("fact", "claim"):
         assert any(re.search(rf"SEARCH {table} USING|(Index|Bitmap).* on {table}\b", plan) for plan in plans)
         assert [plan for plan in plans if re.search(rf"SCAN {table}\b(?!.*INDEX)|Seq Scan on {table}\b", plan)] == []
+
+
+def test_a_run_that_was_held_stays_told_when_a_person_has_judged_it(tmp_path: Path) -> None:
+    """What waits has no end; what was approved or rejected has one, with who said so; all within the time asked for."""
+    clock = Clock()
+    with opened(tmp_path, clock) as ledger:
+        runs = []
+        for _ in range(3):
+            with ledger.write() as db:
+                run = db.start_run(f"sky{len(runs)}", model=None, trigger="sync", user="me")
+                db.stage(run, [], {"digest": "d"}, "d", ["too many edits"])
+                db.finish_run(run, "held", "too many edits")
+            runs.append(run)
+        clock.turn(hours=1)
+        with ledger.write() as db:
+            db.unstage(runs[0])
+            db.audit("ann", "approve", {"plan": "d", "reason": "checked"}, run_id=runs[0])
+            db.unstage(runs[1])
+            db.audit("bob", "reject", {"run": runs[1], "reason": ""})
+        with ledger.read() as db:
+            found = db.happened(LONG_AGO)
+            held = [(one.run_id, one.ended, one.more.get("verdict")) for one in found]
+            begun = [(run, False, None) for run in runs]
+            assert sorted(held[:3]) == begun
+            assert held[3:] == [(runs[0], True, "approved"), (runs[1], True, "rejected")]
+            assert "by ann: checked" in found[3].detail
+            assert [one.ended for one in db.happened(found[2].at)] == [True, True]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -236,3 +238,39 @@ def test_the_chain_of_a_ledger_of_an_earlier_schema_is_found_as_far_as_it_was_ke
     [vega] = [chain for chain in found if chain.subject.label == "Vega"]
     assert not vega.current
     assert "rolled back from 2 to 1" in vega.gaps["column"]
+
+
+_A_TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d")
+
+
+def times(value: object) -> Iterator[str]:
+    """Every text in a JSON value that is a time."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from times(one)
+    elif isinstance(value, str) and _A_TIME.match(value):
+        yield value
+
+
+def test_every_command_prints_times_in_one_form(rich: TestWorkspace, capsys: pytest.CaptureFixture[str]) -> None:
+    """ISO 8601 with T and zone, in every JSON document."""
+    line, seen = Line(rich.root, capsys), 0
+    for command in (
+        ("status",),
+        ("log",),
+        ("show", "1"),
+        ("facts",),
+        ("entity", "Vega"),
+        ("history", "Vega"),
+        ("changes", "--since", "2026-01-01"),
+        ("blame", "Vega", "constellation"),
+        ("runs",),
+        ("holds",),
+        ("conflicts", "list"),
+        ("quarantine", "list"),
+    ):
+        for text in times(line.json(*command)):
+            assert datetime.fromisoformat(text).isoformat() == text, command
+            assert datetime.fromisoformat(text).tzinfo, command
+            seen += 1
+    assert seen > 100

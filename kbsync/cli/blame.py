@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.tree import Tree
 
-from kbsync.cli.common import AsJson, Root, console, emit, opened
+from kbsync.cli.common import AsJson, Root, console, counted, emit, opened
 from kbsync.cli.read import model_row, one_subject, plan_now, short
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _fetch_lines(chain: Lineage) -> list[str]:
     validators += [f"verified by {source.verified}"] if source.verified else []
     return [
         escape(source.location),
-        f"{short(source.fetched_at)}, status {source.status}, {fetch.rows} rows  [dim]fetch {fetch.id}[/]",
+        f"{short(source.fetched_at)}, status {source.status}, {counted(fetch.rows, 'row')}  [dim]fetch {fetch.id}[/]",
         f"sha256 {source.body_sha256}",
         escape(", ".join(validators)),
     ]

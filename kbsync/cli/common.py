@@ -32,6 +32,7 @@ __all__ = [
     "Root",
     "bars",
     "console",
+    "counted",
     "emit",
     "opened",
     "printing",
@@ -75,6 +76,11 @@ class _Console(Console):
 
 
 console = _Console(highlight=False, soft_wrap=True)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 edit, 2 edits; 1 policy, 2 policies."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def list_conflicts(
         without_effect = stale(db, [row for row in rulings if row.until is None])
         rows = db.quarantined()
     if as_json:
-        conflicts = [asdict(row) | {"claims": told} for row, told in zip(found, sides, strict=True)]
+        conflicts = [_conflict_json(row, told) for row, told in zip(found, sides, strict=True)]
         ruled = [_ruling_json(row) | {"stale": row.key in without_effect} for row in rulings]
         waits = [asdict(row) for row in waiting]
         quarantined = [asdict(row) for row in rows]
@@ -86,6 +86,13 @@ def list_conflicts(
     )
     _say_quarantine(rows)
     return None
+
+
+def _conflict_json(row: ConflictRow, claims: list[dict[str, Any]]) -> dict[str, Any]:
+    """A conflict with its claims as `_sides` tells them, once."""
+    value = asdict(row) | {"claims": claims}
+    del value["conflict"]["claims"]
+    return value
 
 
 def _sides(db: Reader, row: ConflictRow) -> list[dict[str, Any]]:

@@ -64,6 +64,8 @@ def _history_row(event: Event) -> tuple[object, ...]:
 
 
 def _called(event: Event) -> str:
+    if "verdict" in event.more:
+        return str(event.more["verdict"])
     return _OVER.get(event.kind, event.kind) if event.ended else _BEGUN.get(event.kind, event.kind)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kbsync.cli.common import AsJson, Root, bars, emit, say, table
+from kbsync.cli.common import AsJson, Root, bars, counted, emit, say, table
 
 __all__ = ["app"]
 
@@ -38,8 +38,9 @@ def copy(
     place = place_of(parsed(target))
     if as_json:
         return emit({"ledger": place, "tables": [asdict(one) for one in copied]})
-    table("copied", ("table", "rows", "sha256"), [(one.name, one.rows, one.sha256) for one in copied])
-    say(f"{sum(one.rows for one in copied):,} rows, the same on both sides. To use the copy, write in kbsync.yaml:")
+    table("copied", ("table", "rows", "sha256"), [(one.name, one.rows, one.sha256[:12]) for one in copied])
+    rows = counted(sum(one.rows for one in copied), "row")
+    say(f"{rows}, the same on both sides. To use the copy, write in kbsync.yaml:")
     return say(f"ledger: {escape(place.replace(':***@', ':${PGPASSWORD}@'))}")
 
 

@@ -153,7 +153,7 @@ def holds(root: Root = Path(), as_json: AsJson = False) -> None:
     with reading(root) as (workspace, db):
         model = model_row(workspace, db)
         rows = db.hold_rows(model.id) if model else []
-        staged, labels = db.staged_plans(), {key.subject: fact.subject.label for key, fact in db.facts().items()}
+        staged, labels = db.staged_plans(), db.names(row.hold.key for row in rows)
         verdicts = {plan.run_id: db.verdicts(plan.run_id) for plan in staged}
     if as_json:
         runs = [asdict(plan) | {"verdicts": list(map(asdict, verdicts[plan.run_id].values()))} for plan in staged]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from kbsync.cli.common import AsJson, Root, bars, emit, opened, say, table
+from kbsync.cli.common import AsJson, Root, bars, counted, emit, opened, say, table
 
 if TYPE_CHECKING:
     from kbsync.catalog import Catalog
@@ -54,7 +54,7 @@ def check(root: Root = Path(), as_json: AsJson = False) -> None:
     warnings = [*catalog.check(), *_orphans(workspace, catalog)]
     if as_json:
         return emit({"sources": sorted(catalog.sources), "policies": sorted(catalog.policies), "warnings": warnings})
-    say(f"{len(catalog.sources)} sources, {len(catalog.policies)} policies: sound")
+    say(f"{counted(len(catalog.sources), 'source')}, {counted(len(catalog.policies), 'policy', 'policies')}: sound")
     for warning in warnings:
         say(f"[yellow]warning:[/] {escape(warning)}")
     return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
-from kbsync.cli.common import AsJson, Root, emit, say, share, table
+from kbsync.cli.common import AsJson, Root, counted, emit, say, share, table
 from kbsync.cli.read import iso, model_row, plan_now, reading
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
         found = _status(workspace, db)
     if as_json:
         return emit(found)
-    say(f"[bold]{escape(found['model'])}[/]  version {found['version']}, {found['facts_applied']} facts in the weights")
-    say(f"ledger: {found['facts']} facts, {found['conflicts']} conflicts, {found['quarantined']} quarantined rows")
-    say(f"waiting: {found['pending']} edits, {found['holds']} holds, {len(found['held_runs'])} runs for approval")
+    applied, unusable = counted(found["facts_applied"], "fact"), counted(found["quarantined"], "quarantined row")
+    say(f"[bold]{escape(found['model'])}[/]  version {found['version']}, {applied} in the weights")
+    say(f"ledger: {counted(found['facts'], 'fact')}, {counted(found['conflicts'], 'conflict')}, {unusable}")
+    runs = counted(len(found["held_runs"]), "run")
+    say(f"waiting: {counted(found['pending'], 'edit')}, {counted(found['holds'], 'hold')}, {runs} for approval")
     _say_capacity(found["capacity"])
     say(f"writer: process {found['writer']}" if found["writer"] else "writer: none (no daemon is running)")
     columns = ("policy", "last pass", "last ok", "next", "state")
@@ -103,7 +105,7 @@ def _say_capacity(found: Mapping[str, Any] | None) -> None:
     say(f"capacity: edits are {norm:.3f} of the weights (limit {strategy['max_relative_norm']:g}{room})")
     due = f", a rebase is due at {strategy['rebase_every']}" if strategy["mode"] == "auto" else ""
     say(f"  retention {share(found['retention'])}  drift {share(found['drift'])}")
-    say(f"  {found['since_rebase']} versions since version {found['rebased_in']}{due}")
+    say(f"  {counted(found['since_rebase'], 'version')} since version {found['rebased_in']}{due}")
     for warning in found["warnings"]:
         say(f"  [yellow]{escape(warning)}[/]")
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from kbsync.cli.common import AsJson, Root, bars, emit, probe_line, say, user
+from kbsync.cli.common import AsJson, Root, bars, counted, emit, probe_line, say, user
 
 __all__ = ["app", "find_key", "passes", "perform", "say_report"]
 
@@ -292,14 +292,27 @@ def write_json(path: Path, value: object) -> None:
         raise UsageError(f"{path}: cannot be written: {error.strerror}", hint="another --out") from None
 
 
+_COUNTS = {
+    "rows": ("row",),
+    "added": ("new claim",),
+    "ended": ("ended claim",),
+    "quarantined": ("quarantined row",),
+    "changes": ("changed fact",),
+    "conflicts": ("conflict",),
+    "pending": ("waiting fact",),
+    "held": ("held change",),
+    "failed": ("failed edit",),
+}
+"""What a pass counts, in words that say of what."""
+
+
 def say_report(report: dict[str, Any]) -> None:
     """One pass for a person."""
     run = f"run {report['run']}" if report["run"] else "dry run"
     say(f"[bold]{escape(report['policy'])}[/]  {run}  {report['status']}")
     counts = report["counts"]
     if counts:
-        shown = ("rows", "added", "ended", "quarantined", "changes", "conflicts", "pending", "held", "failed")
-        say("  " + "  ".join(f"{counts[name]} {name}" for name in shown if counts.get(name)))
+        say("  " + "  ".join(counted(counts[name], *nouns) for name, nouns in _COUNTS.items() if counts.get(name)))
     if report["plan"]:
         _say_plan(report["plan"], report["rebase"])
     for note in report["notes"]:
@@ -323,7 +336,8 @@ SHOWN_EDITS = 20
 def _say_plan(plan: dict[str, Any], rebase: str | None) -> None:
     edits, retractions = plan["edits"], plan["retractions"]
     way = f", as a rebase: {escape(rebase)}" if rebase else ""
-    say(f"  plan on version {plan['head']}: {len(edits)} edits, {len(retractions)} retractions{way}")
+    inserted, removed = counted(len(edits), "edit"), counted(len(retractions), "retraction")
+    say(f"  plan on version {plan['head']}: {inserted}, {removed}{way}")
     for edit in edits[:SHOWN_EDITS]:
         before = f" (was {edit['before']})" if edit["before"] else ""
         request = edit["request"]

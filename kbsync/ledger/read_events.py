@@ -17,7 +17,7 @@ from kbsync.facts import Change, ChangeKind, Entity, FactKey
 from kbsync.ledger import schema
 from kbsync.ledger.codec import applied_from_json
 from kbsync.ledger.read_facts import FACT, FactReader, change_kind, fact_of
-from kbsync.ledger.read_subjects import SubjectReader, claimed_relations
+from kbsync.ledger.read_subjects import SubjectReader, chunks, claimed_relations
 from kbsync.ledger.read_versions import VersionReader
 from kbsync.ledger.records import Placement
 
@@ -27,6 +27,8 @@ Happening = ChangeKind | Literal["conflict", "held", "waiting"]
 EventKind = Happening | Literal["claim", "same", "ruling", "verdict", "version", "probe", "alias", "merged"]
 HAPPENINGS: tuple[str, ...] = (*get_args(ChangeKind), "conflict", "held", "waiting")
 """The kinds of `changes`, in the order of a summary."""
+_JUDGED = {"approve": "approved", "reject": "rejected"}
+"""Entries of the audit log by which a held run is held no more."""
 _ORDER = ("claim", "alias", "merged", "ruling", "verdict", "waiting", "conflict", *get_args(ChangeKind), "same", "held")
 _ORDER += ("version", "probe")
 """What comes first of what has the same time: a claim before the decision that follows from it."""
@@ -239,7 +241,7 @@ class EventReader(FactReader, SubjectReader, VersionReader):
             )
 
     def _runs_held(self, scope: _Scope) -> Iterator[Event]:
-        """Runs that wait for approval since then."""
+        """Runs that were held for approval, and what a person said of them."""
         table = schema.staged
         query = select(table.c.run_id, table.c.reasons, table.c.staged_at, table.c.plan_digest, schema.run.c.policy)
         for row in self._connection.execute(query.join(schema.run, schema.run.c.id == table.c.run_id)):
@@ -247,6 +249,26 @@ class EventReader(FactReader, SubjectReader, VersionReader):
                 detail = f"run {row.run_id} of {row.policy} waits for approval: {'; '.join(row.reasons)}"
                 more = {"policy": row.policy, "digest": row.plan_digest}
                 yield Event(row.staged_at, "held", None, run_id=row.run_id, detail=detail, more=more)
+        yield from self._runs_judged(scope)
+
+    def _runs_judged(self, scope: _Scope) -> Iterator[Event]:
+        """Runs that are held no more. When they were staged is kept no longer: they were held since they began."""
+        audit, run = schema.audit, schema.run
+        query = select(audit).where(audit.c.action.in_(_JUDGED)).order_by(audit.c.id)
+        if scope.since is not None:
+            query = query.where(audit.c.at > scope.since)
+        judged = {row.run_id or row.detail["run"]: row for row in self._connection.execute(query)}
+        for some in chunks(map(str, judged)):
+            about = select(run.c.id, run.c.policy, run.c.started_at).where(run.c.id.in_(map(int, some)))
+            for id_, policy, began in self._connection.execute(about.order_by(run.c.id)):
+                row, called = judged[id_], f"run {id_} of {policy}"
+                more = {"policy": policy}
+                if scope.has(began):
+                    yield Event(began, "held", None, run_id=id_, detail=f"{called} was held for approval", more=more)
+                if scope.has(row.at):
+                    said = f"{called} was {_JUDGED[row.action]} {_by(row.who, row.detail.get('reason', ''))}"
+                    more = more | {"by": row.who, "verdict": _JUDGED[row.action]}
+                    yield Event(row.at, "held", None, run_id=id_, ended=True, detail=said, more=more)
 
     def _named_and_merged(self, subjects: Collection[str]) -> Iterator[Event]:
         alias, began, ended = schema.alias, schema.fetch.alias("began"), schema.fetch.alias("ended")
