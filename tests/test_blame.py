@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kbsync.facts import FactKey
+from kbsync.log import configure
 from kbsync.policy import render
 from kbsync.reconcile import SCHEDULED
 from kbsync.undo import release, revert_fact, rollback
@@ -21,7 +22,8 @@ RELATION = "constellation"
 
 @pytest.fixture(scope="module", autouse=True)
 def _here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache for all tests here; edits in this process."""
+    """One cache for all tests here; edits in this process, which log as a command does."""
+    configure(level="warning")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KBSYNC_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("kbsync.reconcile.run_edit", run_here)
