@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import httpcore
 import httpx
 import pytest
 from hypothesis import given, settings
@@ -32,6 +33,20 @@ from tests.faultserver import FaultServer, answer, big, cut, drip, drip_headers,
 
 ROWS = b"name\nVega\n" * 20_000
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
+
+
+PRIVATE = "10.9.8.7"
+
+
+@pytest.fixture
+def private_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections to PRIVATE come to this machine, which a name may not lead to."""
+    plain = httpcore.SyncBackend.connect_tcp
+
+    def connect(self: httpcore.SyncBackend, host: str, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
+        return plain(self, "127.0.0.1" if host == PRIVATE else host, *args, **kwargs)
+
+    monkeypatch.setattr(httpcore.SyncBackend, "connect_tcp", connect)
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +307,8 @@ def test_redirects_on_the_host_are_followed(server: FaultServer) -> None:
     "to",
     [
         "http://localhost:{port}/end",
+        "http://127.0.0.1:1/admin",
+        "https://127.0.0.1:{port}/",
         "https://example.org/",
         "ftp://127.0.0.1/",
         "file:///etc/passwd",
@@ -358,7 +375,7 @@ def test_one_request_at_a_time_per_host_over_processes(tmp_path: Path) -> None:
         asking = [subprocess.Popen(command, env=environment) for _ in range(2)]
         assert [process.wait(60) for process in asking] == [0, 0]
         assert (len(server.requests), server.most_in_flight) == (6, 1)
-    assert [path.name for path in (tmp_path / "hosts").iterdir()] == [f"127.0.0.1_{server.port}"]
+    assert [path.name for path in (tmp_path / "hosts").iterdir()] == ["127.0.0.1"]
 
 
 def test_the_wait_for_a_turn_counts_towards_the_deadline(
@@ -371,7 +388,7 @@ def test_the_wait_for_a_turn_counts_towards_the_deadline(
         "import sys, time; from kbsync.connectors.turns import turn\n"
         "with turn(sys.argv[1], time.monotonic() + 9): print('mine', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", holder, f"127.0.0.1:{server.port}"]
+    command = [sys.executable, "-c", holder, "127.0.0.1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdin is not None
@@ -410,7 +427,20 @@ def test_a_budget_holds_over_several_requests(server: FaultServer) -> None:
         ("10.0.0.1", False, True),
         ("192.168.1.1", False, True),
         ("100.64.0.1", False, True),
-        ("127.0.0.1", False, True),
+        ("127.0.0.1", False, False),
+        ("::1", False, False),
+        ("2002:0a00:0001::1", False, True),
+        ("2002:a9fe:a9fe::1", False, False),
+        ("2002:5db8:d70e::1", True, True),
+        ("2001:0:4136:e378:8000:63bf:5601:5601", False, False),
+        ("64:ff9b::a00:1", False, True),
+        ("64:ff9b::a9fe:a9fe", False, False),
+        ("64:ff9b::5db8:d70e", True, True),
+        ("fec0::1", False, False),
+        ("168.63.129.16", False, False),
+        ("100.100.100.200", False, False),
+        ("fd00:ec2::254", False, False),
+        ("192.0.0.192", False, False),
         ("fd00::1", False, True),
         ("::ffff:10.0.0.1", False, True),
         ("169.254.169.254", False, False),
@@ -437,11 +467,12 @@ def test_a_public_name_with_a_private_address_is_refused(monkeypatch: pytest.Mon
         get("http://feed.example/", insecure_http=True)
 
 
+@pytest.mark.usefixtures("private_wire")
 def test_the_connection_goes_to_the_address_that_was_checked(
     server: FaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The name is resolved once: a second answer of DNS cannot change where the request goes."""
-    answers = iter([[(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))]])
+    answers = iter([[(socket.AF_INET, socket.SOCK_STREAM, 6, "", (PRIVATE, server.port))]])
     plain = socket.getaddrinfo
 
     def resolve(host: str, *args: Any, **kwargs: Any) -> Any:
@@ -455,6 +486,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate; ends where there is one")
+@pytest.mark.usefixtures("private_wire")
 def test_a_certificate_is_checked_against_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """https connects to the checked address and verifies the name; an unknown certificate is refused."""
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
@@ -468,7 +500,7 @@ def test_a_certificate_is_checked_against_the_name(tmp_path: Path, monkeypatch: 
         capture_output=True,
     )
     plain = socket.getaddrinfo
-    local = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+    local = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (PRIVATE, 0))]
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda host, *a, **k: local if str(host).endswith(".example") else plain(host, *a, **k)
     )

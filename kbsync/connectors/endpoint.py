@@ -19,6 +19,7 @@ import httpx
 from SPARQLWrapper import JSON, POST, SPARQLWrapper
 
 from kbsync.connectors.http import Budget, HttpOptions, send
+from kbsync.connectors.query import is_iri
 from kbsync.connectors.text import printable
 from kbsync.errors import SourceInvalid
 
@@ -141,6 +142,8 @@ def _terms(binding: object) -> dict[str, Term]:
     found = {}
     for name, term in binding.items() if isinstance(binding, dict) else [("", None)]:
         match term:
+            case {"type": "uri", "value": str() as value} if not is_iri(value):
+                raise ValueError(f"the answer has a uri that is no IRI: {printable(value, 80)!r}")
             case {"type": str() as kind, "value": str() as value}:
                 found[name] = Term("literal" if kind == "typed-literal" else kind, value)
             case _:

@@ -177,7 +177,7 @@ class _Exchange:
         """Wait until no other request to the host is in flight; redirects stay on the host, and within the turn."""
         with ExitStack() as held:
             try:
-                held.enter_context(turn(f"{url.host}:{url.port or url.scheme}", self._budget.deadline))
+                held.enter_context(turn(url.host, self._budget.deadline))
             except TimeoutError as error:
                 problem = f"{url.host}: another request of this machine was in flight there all the time"
                 raise SourceUnavailable(self._source, problem, hint="run `kbsync sync` later") from error
@@ -200,14 +200,18 @@ class _Exchange:
         return Reply(str(request.url), status, response.headers, body, _framed(response.headers))
 
     def redirected(self, request: httpx.Request, reply: Reply) -> httpx.Request:
-        """The request that a redirect asks for; it must stay on the host, and not fall back to plain http."""
+        """The request that a redirect asks for; it must stay at the host and port, and not fall back to plain http."""
         here = request.url
         try:
             target = here.join(reply.headers.get("location", ""))
         except httpx.InvalidURL as error:
             raise SourceInvalid(self._source, f"{here.host}: redirects to no URL ({error})") from error
-        if target.host != here.host or target.scheme not in (here.scheme, "https") or target.userinfo:
-            problem = f"{here.host}: redirects to {printable(f'{target.scheme}://{target.host}', 100)}"
+        # An address without a port has the usual one: http may become https there, and nowhere else.
+        same = (target.host, target.port) == (here.host, here.port)
+        secure = target.scheme == here.scheme or (target.scheme == "https" and here.port is None)
+        if not (same and secure) or target.userinfo:
+            place = target.netloc.decode("ascii", "replace")
+            problem = f"{here.host}: redirects to {printable(f'{target.scheme}://{place}', 100)}"
             hint = f"if that address is right, name it in {self._file}"
             raise SourceInvalid(self._source, problem, hint=hint)
         if request.method != "GET" and reply.status not in (307, 308):

@@ -24,6 +24,11 @@ CONNECT_SECONDS = 10.0
 READ_SECONDS = 65.0
 """Longest silence: the Wikidata Query Service thinks for up to 60 s before its first byte."""
 
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_METADATA = frozenset(map(ipaddress.ip_address, ("168.63.129.16", "100.100.100.200", "fd00:ec2::254", "192.0.0.192")))
+"""Azure, Alibaba, AWS over IPv6, Oracle; the others are link-local."""
+
 
 def is_this_machine(host: str) -> bool:
     """Whether a URL's host names the loopback interface as such (not: resolves to it)."""
@@ -34,13 +39,23 @@ def is_this_machine(host: str) -> bool:
 
 
 def is_allowed(address: str, *, private_network: bool) -> bool:
-    """Whether another machine may be a source at this address: link-local (cloud metadata) never, private by option."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    if ip.is_link_local or ip.is_multicast or ip.is_unspecified or ip.is_reserved:
+    """Whether another machine may be a source at this address: private by option; link-local, this machine and the
+    metadata services of clouds never, however the address is wrapped."""
+    ip = _unwrapped(ipaddress.ip_address(address.partition("%")[0]))
+    if ip in _METADATA or ip.is_loopback or ip.is_link_local or ip.is_multicast or ip.is_unspecified or ip.is_reserved:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address) and ip.is_site_local:
         return False
     return ip.is_global or private_network
+
+
+def _unwrapped(ip: _Address) -> _Address:
+    """The IPv4 address that an IPv6 address leads to: mapped, 6to4 (RFC 3056), Teredo (RFC 4380), NAT64 (RFC 6052)."""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip
+    if ip in _NAT64:
+        return ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
+    return ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else ip)
 
 
 class Transport(httpx.BaseTransport):

@@ -184,9 +184,10 @@ def _changed(
     if since is None and rows and not times:
         raise endpoint.invalid(f"no subject has <{by.by}>, by which `incremental` goes")
     subjects = _iris(endpoint, rows)
-    known = [since.modified] if since else []
-    # Never later than what the servers have shown: their clock and their lag are theirs.
-    newest = max([*times, *known], default=now)
+    known = [] if since is None or whole else [since.modified]
+    # Never later than what the servers have shown: their clock and their lag are theirs. A date in the future would
+    # hide all changes until then.
+    newest = min(max([*times, *known], default=now), now)
     cursor = _Cursor(newest, now if since is None or whole else since.complete)
     return Said(_rows_of(endpoint, parts, subjects), None if whole else subjects, str(cursor))
 

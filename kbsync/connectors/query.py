@@ -18,6 +18,7 @@ __all__ = [
     "MODIFIED",
     "VARIABLES",
     "check_select",
+    "is_iri",
     "last_modified",
     "listed",
     "modified_subjects",
@@ -117,6 +118,11 @@ def _select(words: str) -> int:
 
 def _values(variable: str, iris: Iterable[str]) -> str:
     return f"VALUES {variable} {{ {' '.join(f'<{_checked(iri)}>' for iri in iris)} }}"
+
+
+def is_iri(text: str) -> bool:
+    """Whether a text can stand between < and > in a query (https://www.w3.org/TR/sparql11-query/#rIRIREF)."""
+    return _IRI.fullmatch(text) is not None
 
 
 def _checked(iri: str) -> str:

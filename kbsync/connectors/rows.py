@@ -89,7 +89,7 @@ class _Content:
 
 def _quarantined(row: Row, subject_id: str | None, error: ValueError) -> QuarantinedRow:
     reason = str(error) if subject_id else f"{error}; nothing is withdrawn while a row names no subject"
-    return QuarantinedRow(row.origin, reason, printable(" | ".join(row.raw)), subject_id)
+    return QuarantinedRow(_place(row), reason, printable(" | ".join(row.raw)), subject_id)
 
 
 def _subject_id(source: Source, row: Row) -> str:
@@ -123,7 +123,11 @@ def _said(source: Source, row: Row, subject_id: str) -> Said:
         raise ValueError(f"the rank is {printable(rank, 60)}, not one of {', '.join(_RANKS)}")
     start = clean_date(row.start, "the start") if row.start else None
     qualifiers = _qualifiers(row) if row.qualifiers else ()
-    return subject_id, subject, object_id, label, rank, start, _end(row.end), qualifiers, row.origin
+    return subject_id, subject, object_id, label, rank, start, _end(row.end), qualifiers, _place(row)
+
+
+def _place(row: Row) -> str:
+    return row.origin if row.origin.isascii() and row.origin.isprintable() else printable(row.origin)
 
 
 def _qualifiers(row: Row) -> tuple[tuple[str, str], ...]:

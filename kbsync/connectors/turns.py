@@ -26,7 +26,7 @@ _threads: dict[str, threading.Lock] = {}
 
 @contextmanager
 def turn(host: str, deadline: float) -> Iterator[None]:
-    """Hold the turn of `host` (with its port). `deadline` is in `time.monotonic` seconds.
+    """Hold the turn of `host`, whatever the port. `deadline` is in `time.monotonic` seconds.
 
     Raises TimeoutError where others have had it until then. Where the cache cannot be written, only the threads of
     this process wait for each other.
