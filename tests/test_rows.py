@@ -132,3 +132,10 @@ def test_no_row_is_lost(rows: list[Row]) -> None:
     assert len(labels) + len(snapshot.quarantined) <= len(rows)
     assert bool(snapshot.claims or snapshot.quarantined) == bool(rows)
     assert all(bad.reason for bad in snapshot.quarantined)
+
+
+def test_an_origin_is_safe_on_a_terminal() -> None:
+    """A place that the source made up has no escapes and no direction marks, of a good row or a bad one."""
+    snapshot = read(row(origin="x\x1b]0;y\x07\u202ez"), row(origin="x\x1b[2J", object=""))
+    assert [claim.origin for claim in snapshot.claims] == ["x\\x1b]0;y\\x07z"]
+    assert [bad.origin for bad in snapshot.quarantined] == ["x\\x1b[2J"]

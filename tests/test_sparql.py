@@ -362,3 +362,11 @@ def test_real_answers_of_the_query_service_are_whole() -> None:
         assert len(parse_answer(body, needed=())) == len(json.loads(body)["results"]["bindings"])
         with pytest.raises(ValueError, match="not whole"):
             parse_answer(body[: len(body) // 2], needed=())
+
+
+@pytest.mark.parametrize("value", ["x\x1b]0;y", "http://e/a b", "http://e/<1>", ""])
+def test_a_uri_that_is_no_iri_is_refused(value: str) -> None:
+    """It would go into queries and onto terminals; the answer as a whole is not trusted."""
+    answer = {"head": {"vars": ["subject"]}, "results": {"bindings": [{"subject": {"type": "uri", "value": value}}]}}
+    with pytest.raises(ValueError, match="the answer has a uri that is no IRI"):
+        parse_answer(json.dumps(answer).encode(), ["subject"])

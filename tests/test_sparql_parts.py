@@ -84,7 +84,7 @@ INCREMENTAL = {"chunks": {"subjects": "states.rq", "size": 3}, "incremental": {"
         {"chunks": {"subjects": "states.rq"}},
         {"page": {"size": 2}},
         {"page": {"size": 3}},
-        {"page": {"key": "?statement", "size": 4}},
+        {"page": {"key": "?statement", "size": 4}, "snapshot": "partial"},
         {"page": {}},
         INCREMENTAL,
     ],
@@ -97,7 +97,7 @@ def test_parts_together_are_the_whole_answer(tmp_path: Path, server: Oxigraph, w
     parts = connector(tmp_path, server.endpoint, **keys).fetch(None)
     assert said(parts) == said(whole)
     assert len(said(parts)) == 7
-    assert parts.complete
+    assert parts.complete is ("snapshot" not in keys)
     assert parts.covers is None
     assert re.fullmatch("[0-9a-f]{64}", parts.provenance.body_sha256)
 
@@ -246,6 +246,17 @@ def test_when_everything_is_asked_for_again(tmp_path: Path, server: Oxigraph, wo
     assert other.fetch(last).covers is None
 
 
+def test_a_date_of_change_in_the_future_hides_no_change(tmp_path: Path, server: Oxigraph, world: World) -> None:
+    """The cursor stops at this machine's time, and one that is already beyond it comes back."""
+    world.publish(server)
+    source = connector(tmp_path, server.endpoint, **INCREMENTAL)
+    whole = source.fetch(None).provenance
+    moved = replace(whole, cursor=f"2999-01-01T00:00:00+00:00 {whole.fetched_at.isoformat()}")
+    cursor = source.fetch(moved).provenance.cursor
+    assert cursor is not None
+    assert datetime.fromisoformat(cursor.split(" ")[0]) <= datetime.now(UTC)
+
+
 def test_subjects_without_a_date_of_change_allow_no_increments(tmp_path: Path, server: Oxigraph, world: World) -> None:
     """Otherwise none of them would ever be asked about again."""
     world.publish(server)
@@ -349,6 +360,7 @@ def test_other_names_come_one_a_row(tmp_path: Path, server: Oxigraph, world: Wor
         ({"chunks": {"subjects": "ask.rq"}}, ("chunks", "subjects")),
         ({"chunks": {"subjects": "states.rq", "size": 0}}, ("chunks", "size")),
         ({"page": {"key": "?object"}}, ("page", "key")),
+        ({"page": {"key": "?statement"}}, ("page", "key")),
         ({"page": {}, "chunks": {"subjects": "states.rq"}}, ()),
         ({"incremental": {}}, ()),
         ({**INCREMENTAL, "snapshot": "partial"}, ("incremental",)),

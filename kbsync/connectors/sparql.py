@@ -102,6 +102,11 @@ class SparqlConnector:
             problem = PydanticCustomError("incremental", "needs `match: id` and `snapshot: complete`")
             detail = InitErrorDetails(type=problem, loc=("incremental",), input=True)
             raise ValidationError.from_exception_data("Source", [detail])
+        if options.page and options.page.key != "?subject" and source.snapshot == "complete":
+            # A statement that is replaced by one with an earlier id while pages are read is in none of them.
+            problem = PydanticCustomError("page", "`?statement` may lose a subject: `?subject`, or `snapshot: partial`")
+            detail = InitErrorDetails(type=problem, loc=("page", "key"), input=options.page.key)
+            raise ValidationError.from_exception_data("Source", [detail])
         self._parts = Parts(options.query, options.chunks, options.page, options.incremental)
         subjects = options.chunks.subjects if options.chunks else None
         named = [subjects.query, list(subjects.iris)] if subjects else []
