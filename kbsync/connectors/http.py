@@ -279,7 +279,7 @@ class _Exchange:
             error = SourceBlocked(self._source, problem, hint=hint)
         else:
             wait = max(FLOOR_SECONDS, DEFAULT_SECONDS if wait is None else wait)
-            error = SourceUnavailable(self._source, problem, retry_after=wait)
+            error = SourceUnavailable(self._source, problem, retry_after=wait, hint="kbsync status shows until when")
         error.resting = url.netloc.decode()
         return error
 
