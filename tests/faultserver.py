@@ -217,10 +217,28 @@ class FaultServer:
             self.requests.append(Recorded(handler.command, handler.path, headers, body))
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        left = self._counted_until_it_is_answered(handler)
         try:
             self._behaviours.get(path, answer(b"not here", status=404, kind="text/plain"))(handler)
         except OSError:
             pass  # the client hung up, as it should on a deadline
         finally:
+            left()
+
+    def _counted_until_it_is_answered(self, handler: BaseHTTPRequestHandler) -> Callable[[], None]:
+        """What ends a request's time in flight: the beginning of its answer does, too. A client that has read the whole
+        answer may ask again before this thread goes on."""
+        counted, begin = True, handler.send_response
+
+        def left() -> None:
+            nonlocal counted
             with self._guard:
-                self.in_flight -= 1
+                self.in_flight -= counted
+                counted = False
+
+        def send_response(code: int, message: str | None = None) -> None:
+            left()
+            begin(code, message)
+
+        handler.send_response = send_response  # type: ignore[method-assign]
+        return left
