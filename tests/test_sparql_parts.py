@@ -31,6 +31,7 @@ from kbsync.connectors.query import (
     spoken,
     subjects_of,
 )
+from kbsync.connectors.retries import pausing
 from kbsync.connectors.sparql import SparqlConnector
 from kbsync.errors import SourceError, SourceInvalid, SourceUnavailable
 from kbsync.facts import Provenance, Snapshot
@@ -134,6 +135,34 @@ def test_one_part_that_fails_fails_the_fetch(tmp_path: Path, server: Oxigraph, w
         with pytest.raises(SourceInvalid, match="not whole"):
             connector(tmp_path, url, **keys).fetch(None)
         assert len(between.requests) == 3
+
+
+def test_a_part_that_is_refused_is_asked_again_alone(tmp_path: Path, server: Oxigraph, world: World) -> None:
+    """The list and seven parts, one of which is refused once: nine requests, and not all of them twice. Refused for
+    good, it is asked three times and no more."""
+    world.publish(server)
+    chunks = {"subjects": "states.rq", "size": 1}
+    whole = connector(tmp_path, server.endpoint, chunks=chunks).fetch(None)
+    waits: list[float] = []
+
+    def refusing(times: int) -> Callable[[BaseHTTPRequestHandler], None]:
+        passed, asked = relay(server, wrong=lambda _, __: None), 0
+
+        def behave(handler: BaseHTTPRequestHandler) -> None:
+            nonlocal asked
+            asked += 1
+            refused = 4 <= asked < 4 + times
+            (answer(status=429, headers={"Retry-After": "7"}) if refused else passed)(handler)
+
+        return behave
+
+    with FaultServer() as between, pausing(waits.append):
+        snapshot = connector(tmp_path, between.on("/sparql", refusing(1)), chunks=chunks).fetch(None)
+        assert (snapshot.claims, len(between.requests)) == (whole.claims, 9)
+        assert [7 <= wait <= 7 * 1.25 for wait in waits] == [True]
+        with pytest.raises(SourceUnavailable, match="429") as caught:
+            connector(tmp_path, between.on("/for-good", refusing(99)), chunks=chunks).fetch(None)
+        assert (caught.value.exhausted, len(between.requests) - 9) == (True, 6)
 
 
 def test_the_size_cap_and_the_deadline_hold_over_all_parts(tmp_path: Path, server: Oxigraph, world: World) -> None:

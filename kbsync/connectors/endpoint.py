@@ -18,10 +18,11 @@ from typing import NamedTuple
 import httpx
 from SPARQLWrapper import JSON, POST, SPARQLWrapper
 
-from kbsync.connectors.http import Budget, HttpOptions, send
+from kbsync.connectors.http import Budget, HttpOptions, Reply, send
 from kbsync.connectors.query import is_iri
+from kbsync.connectors.retries import retrying
 from kbsync.connectors.text import printable
-from kbsync.errors import SourceInvalid
+from kbsync.errors import SourceInvalid, SourceUnavailable
 
 __all__ = ["NOTHING", "RESULTS", "Answer", "Endpoint", "Term", "parse_answer"]
 
@@ -80,9 +81,10 @@ class Endpoint:
     def ask(self, query: str, needed: Sequence[str], *, counts: bool = True) -> Answer:
         """The rows of the query's whole answer. `counts`: whether its body is part of `sha256`.
 
+        What may work later is asked again within the budget: one part that is refused does not cost all the others.
         Raises what `http.send` raises, and SourceInvalid where the answer is not SPARQL JSON or not whole.
         """
-        reply = send(self.source, self._request(query), self._options, self._budget)
+        reply = self._answer(query)
         if reply.content_type != RESULTS:
             kind = printable(reply.content_type, 60) or "nothing"
             raise self.invalid(f"the answer says that it is {kind}, not {RESULTS}")
@@ -93,6 +95,14 @@ class Endpoint:
         if counts:
             self._bodies.update(reply.body)
         return rows
+
+    def _answer(self, query: str) -> Reply:
+        again = retrying(self._budget.deadline)
+        try:
+            return again(send, self.source, self._request(query), self._options, self._budget)
+        except SourceUnavailable as error:
+            error.exhausted = again.statistics["attempt_number"] > 1
+            raise
 
     def invalid(self, problem: str) -> SourceInvalid:
         """The error of an answer that cannot be what was asked for."""
