@@ -64,6 +64,14 @@ def database(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "postgresql"
 
 
+@pytest.fixture(scope="module")
+def one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The statistics of the tiny model are collected once for all tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KBSYNC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each device that the engine must run on; tiny models are made there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,7 @@ VEGA = FactKey("constellation", "stars:vega")
 TOO_ALIKE = "a fact's key is too much like the others'"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The statistics of the tiny model are collected once for all tests here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KBSYNC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("one_cache")
 
 
 @pytest.fixture

@@ -42,12 +42,7 @@ STARS = [
 PLACES = {"Q101": "Lyra", "Q102": "Orion", "Q103": "Paris", "Q104": "Rome"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The statistics of the tiny model are collected once for all tests here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KBSYNC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("one_cache")
 
 
 @pytest.fixture(scope="module")
