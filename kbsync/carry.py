@@ -18,9 +18,10 @@ from kbsync.ledger import Ledger
 from kbsync.ledger.read_versions import REBASE
 from kbsync.ledger.reader import Reader
 from kbsync.line import Judge, Line
-from kbsync.plan import Plan, make_plan
+from kbsync.plan import Plan
 from kbsync.plan_document import document_of
-from kbsync.policy import SUBJECT, Inverse, Policy, Relation
+from kbsync.planning import plan_now
+from kbsync.policy import Inverse, Policy, Relation
 from kbsync.report import Report
 
 __all__ = ["Carrier", "skips_known"]
@@ -38,19 +39,7 @@ class Carrier:
 
     def plan(self, db: Reader) -> Plan:
         """What has to be done now."""
-        line = self.line
-        lost = {name: Inverse(relation=name, prompt=SUBJECT) for name in db.lost_relations(self.policy.policy)}
-        wording, head = lost | self.policy.wording(), db.head(line.model)
-        return make_plan(
-            db.facts(tuple(wording)),
-            db.applied(line.model, head),
-            db.holds(line.model),
-            wording,
-            known=db.known_to(line.model, head),
-            moved=db.redirects(),
-            model=line.model,
-            head=head,
-        )
+        return plan_now(db, self.policy, self.line.model)
 
     def carry_out(self, report: Report) -> None:
         """Versions until nothing is left to do. Raises GateRejected, and what editing raises."""

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from kbsync.cli.common import AsJson, Root, console, counted, emit, opened
-from kbsync.cli.read import model_row, one_subject, plan_now, short
+from kbsync.cli.read import model_row, one_subject, short
 
 if TYPE_CHECKING:
     from kbsync.config import Workspace
@@ -83,6 +83,8 @@ def _asked(workspace: Workspace, db: Reader, key: FactKey) -> _Asked:
 
 def _unasked(db: Reader, policy: Policy | None, key: FactKey, model: str | None) -> str:
     """Why a plan made now would not ask the model for a key; nothing where it would."""
+    from kbsync.planning import plan_now
+
     if policy is None or model is None:
         return ""
     plan = plan_now(db, policy, model)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from kbsync.config import Workspace
     from kbsync.facts import FactKey
     from kbsync.ledger import ModelRow, Reader, VerdictRow
-    from kbsync.plan import Plan
-    from kbsync.policy import Policy
 
 __all__ = [
     "Relation",
@@ -27,7 +25,6 @@ __all__ = [
     "model_row",
     "moment",
     "one_subject",
-    "plan_now",
     "reading",
     "required_model",
     "short",
@@ -60,23 +57,6 @@ def required_model(workspace: Workspace, db: Reader) -> ModelRow:
     if (model := model_row(workspace, db)) is None:
         raise UsageError(f"model {workspace.settings.model} was never synced here", hint="kbsync sync")
     return model
-
-
-def plan_now(db: Reader, policy: Policy, model: str | None) -> Plan:
-    """What the ledger as it is now asks of a model's live version; None: of a base that was never edited."""
-    from kbsync.plan import make_plan
-
-    head, wording = db.head(model) if model else 0, policy.wording()
-    return make_plan(
-        db.facts(tuple(wording)),
-        db.applied(model, head) if model else {},
-        db.holds(model) if model else {},
-        wording,
-        known=db.known_to(model, head) if model else (),
-        moved=db.redirects(),
-        model=model or "",
-        head=head,
-    )
 
 
 def one_subject(db: Reader, text: str) -> str:

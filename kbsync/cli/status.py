@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from kbsync.cli.common import AsJson, Root, counted, emit, say, share, table
-from kbsync.cli.read import iso, model_row, plan_now, reading
+from kbsync.cli.read import iso, model_row, reading
 
 if TYPE_CHECKING:
     from kbsync.config import Workspace
@@ -112,6 +112,8 @@ def _say_capacity(found: Mapping[str, Any] | None) -> None:
 
 def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:
     """Edits and retractions that the ledger as it is now still asks for."""
+    from kbsync.planning import plan_now
+
     plans = [plan_now(db, policy, model.id if model else None) for policy in catalog.policies.values()]
     return sum(len(plan.edits) + len(plan.retractions) for plan in plans)
 

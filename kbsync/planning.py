@@ -1,0 +1,30 @@
+"""What the ledger as it is now asks of a model's live version: reads what `plan.make_plan` decides on.
+
+with ledger.read() as db:
+    plan = plan_now(db, policy, model)
+"""
+
+from __future__ import annotations
+
+from kbsync.ledger.reader import Reader
+from kbsync.plan import Plan, make_plan
+from kbsync.policy import SUBJECT, Inverse, Policy
+
+__all__ = ["plan_now"]
+
+
+def plan_now(db: Reader, policy: Policy, model: str | None) -> Plan:
+    """The plan of the policy's relations. Those that it was the last to decide and no longer has are among them: once
+    their facts have left the ledger, they are to leave the weights. `model` None: of a base that was never edited."""
+    lost = {name: Inverse(relation=name, prompt=SUBJECT) for name in db.lost_relations(policy.policy)}
+    head, wording = db.head(model) if model else 0, lost | policy.wording()
+    return make_plan(
+        db.facts(tuple(wording)),
+        db.applied(model, head) if model else {},
+        db.holds(model) if model else {},
+        wording,
+        known=db.known_to(model, head) if model else (),
+        moved=db.redirects(),
+        model=model or "",
+        head=head,
+    )
