@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from kbsync.connectors import Connector, make_connector
-from kbsync.facts import Claim, Snapshot
-from kbsync.intake import take_in
+from kbsync.facts import Claim, Entity, QuarantinedRow, Snapshot
+from kbsync.intake import Intake, take_in
 from kbsync.ledger import Ledger, schema
 from kbsync.ledger import scope as scopes
 from kbsync.ledger.scope import Undecided
@@ -38,12 +38,12 @@ class _Whole(Writer):
         return Undecided(None)
 
 
-def take(ledger: Ledger, policy: Policy, *snapshots: Snapshot, whole: bool = False) -> None:
-    """One pass over the snapshots, as a run of its own."""
+def take(ledger: Ledger, policy: Policy, *snapshots: Snapshot, whole: bool = False) -> Intake:
+    """One pass over the snapshots, as a run of its own; what came of it."""
     with ledger.write() as db:
         if whole:
             db.__class__ = _Whole
-        take_in(db, policy, db.start_run(policy.policy, model=None, trigger="sync", user="me"), snapshots)
+        return take_in(db, policy, db.start_run(policy.policy, model=None, trigger="sync", user="me"), snapshots)
 
 
 def said(source: str, *those: Claim, **more: Any) -> Snapshot:
@@ -295,6 +295,63 @@ def test_facts_leave_with_the_policy_that_kept_them_unless_another_keeps_them_no
                 db.abandon(db.start_run("q", model=None, trigger="sync", user="me"), kept)
                 assert (db.lost_relations("p"), db.lost_relations("q")) == (lost, [])
                 assert [one.relation for one in db.orphans(kept)] == lost
-        take(ledger, policy)
+        assert take(ledger, policy).reasons == []
         with ledger.read() as db:
             assert len(db.facts()) == len(CROWD)
+        with ledger.write() as db:
+            db.abandon(db.start_run("q", model=None, trigger="sync", user="me"), ["other"])
+        gone = take(ledger, policy_of(relations={"other": {"prompt": "{subject} is at"}}))
+        assert gone.reasons == ["relation place is kept by no policy any more: 20 facts leave"]
+        assert (gone.kinds["removed"], len(gone.changes)) == (20, 20)
+
+
+def test_a_pass_says_what_it_took_in(tmp_path: Path) -> None:
+    """Rows, claims and changes are counted; obvious ones among the changes, each of them listed."""
+    policy = policy_of()
+    unusable = QuarantinedRow("line 9", "the object is empty", "Ann99 |", "s:Ann99")
+    with opened(tmp_path) as ledger:
+        first = take(ledger, policy, said("alpha", *CROWD, quarantined=[unusable]))
+        assert first.counts == {
+            "rows": 21, "added": 20, "ended": 0, "quarantined": 1, "changes": 20, "conflicts": 0, "pending": 0
+        }  # fmt: skip
+        assert (first.kinds, [change.kind for change in first.changes]) == ({"added": 20}, ["added"] * 20)
+        changed = [claim("Ann0", "Oslo"), claim("Ann1", "Rome", origin="line 1"), claim("Ann1", "Oslo"), *CROWD[2:]]
+        second = take(ledger, policy, said("alpha", *changed))
+        assert (second.kinds, [change.key.subject for change in second.changes]) == ({"changed": 1}, ["s:Ann0"])
+        assert {name: second.counts[name] for name in ("added", "ended", "conflicts")} == {
+            "added": 2, "ended": 1, "conflicts": 1
+        }  # fmt: skip
+        assert second.reasons == []
+
+
+def test_a_suspicious_snapshot_has_its_reasons(tmp_path: Path) -> None:
+    """The guard's words come with what the pass would do."""
+    policy = policy_of(guard={"max_removed": "10%"})
+    with opened(tmp_path) as ledger:
+        take(ledger, policy, said("alpha", *CROWD))
+        taken = take(ledger, policy, said("alpha", *CROWD[:15]))
+        assert [reason.partition(" (")[0] for reason in taken.reasons] == ["alpha: 5 of 20 subjects removed"]
+
+
+def test_ids_that_a_source_merges_are_one_when_it_is_decided(tmp_path: Path) -> None:
+    """The old id's fact goes on under the new one: nothing changed."""
+    policy = policy_of()
+    with opened(tmp_path) as ledger:
+        take(ledger, policy, said("alpha", claim("Ann", "Rome")))
+        merged = replace(claim("Ann", "Rome"), subject=Entity("s:Anna", "Ann"))
+        taken = take(ledger, policy, said("alpha", merged, redirects={"s:Ann": "s:Anna"}))
+        assert (taken.kinds, taken.counts["changes"]) == ({}, 0)
+        with ledger.read() as db:
+            assert [key.subject for key in db.facts()] == ["s:Anna"]
+
+
+def test_a_claim_that_does_not_count_yet_is_kept_as_waiting(tmp_path: Path) -> None:
+    """It is open for as long as the claim waits."""
+    policy = policy_of(confirm={"fetches": 2})
+    with opened(tmp_path) as ledger:
+        assert take(ledger, policy, said("alpha", claim("Ann", "Rome"))).counts["pending"] == 1
+        with ledger.read() as db:
+            assert [(row.waiting.key.subject, row.waiting.reason) for row in db.waiting()] == [("s:Ann", "confirm")]
+        assert take(ledger, policy, said("alpha", claim("Ann", "Rome"))).counts["pending"] == 0
+        with ledger.read() as db:
+            assert db.waiting() == []

@@ -173,6 +173,14 @@ def test_protected_subjects_are_never_touched() -> None:
     assert plan_of(state(fact("Ann", "Oslo")), {}, policy=policy) == Plan("m", 3)
 
 
+def test_a_subject_is_protected_under_every_id_that_it_had() -> None:
+    """The policy names the id of before a merge."""
+    policy = policy_of(relation={"protected": ["s:Anna"]})
+    desired = state(fact("Ann", "Oslo"))
+    plans = [plan_of(desired, {}, policy=policy, moved=moved) for moved in (None, {"s:Anna": "s:Ann"})]
+    assert [len(plan.edits) for plan in plans] == [1, 0]
+
+
 def test_an_inverse_fact_is_planned_like_any() -> None:
     """Nothing protects its subject or skips it."""
     policy = policy_of(relation={"inverse": {"relation": "holder", "prompt": "In {subject} lives"}})
