@@ -355,3 +355,83 @@ def test_a_claim_that_does_not_count_yet_is_kept_as_waiting(tmp_path: Path) -> N
         assert take(ledger, policy, said("alpha", claim("Ann", "Rome"))).counts["pending"] == 0
         with ledger.read() as db:
             assert db.waiting() == []
+
+
+def decided_alike(folder: Path, policy: Policy, *passes: Sequence[Snapshot], hours: float = 1) -> list[dict[str, str]]:
+    """The passes in a ledger that decides what may have changed and in one that decides everything: the same after each
+    of them. What the facts were then: subject -> object and source."""
+    clock, found = Clock(), []
+    for name in ("narrow", "whole"):
+        (folder / name).mkdir()
+    with opened(folder / "narrow", clock) as narrow, opened(folder / "whole", clock) as whole:
+        for snapshots in passes:
+            clock.turn(hours=hours)
+            take(narrow, policy, *snapshots)
+            take(whole, policy, *snapshots, whole=True)
+            assert contents(narrow, policy) == contents(whole, policy)
+            with narrow.read() as db:
+                facts = db.facts().values()
+                found.append({fact.subject.label: f"{fact.object.label} {fact.source}" for fact in facts})
+    return found
+
+
+@pytest.mark.parametrize("confirm", [{"fetches": 3}, {"hours": 1.5}, {"fetches": 2, "hours": 1.5}], ids=str)
+def test_a_claim_that_begins_to_count_is_decided_though_nothing_was_written(
+    tmp_path: Path, confirm: dict[str, float]
+) -> None:
+    """The preferred source comes to say the same as the other: in the pass in which that counts the fact is its own,
+    and not before. Of another key's claims nothing is decided meanwhile."""
+    policy = policy_of(sources=["beta", "alpha"], confirm=confirm)
+    ann, bob = claim("Ann", "Rome"), claim("Bob", "Oslo", origin="line 2")
+    both = said("alpha", ann, bob), said("beta", replace(ann, source="beta"))
+    first = [[both[0]]] * 4
+    facts = decided_alike(tmp_path, policy, *first, *[list(both)] * 4)
+    standing = [one.get("Ann") for one in facts]
+    assert standing[3:5] == ["Rome alpha", "Rome alpha"]
+    assert standing[-1] == "Rome beta"
+    assert facts[-1]["Bob"] == "Oslo alpha"
+
+
+def test_the_opposite_direction_follows_its_direct_facts(tmp_path: Path) -> None:
+    """Two with one object are a conflict of the inverse alone; it ends with the second, and begins with a third."""
+    inverse = {"relation": "holder", "prompt": "In {subject} lives", "retract": "revert"}
+    policy = policy_of(relation={"inverse": inverse, "retract": "revert"})
+    ann, bob, eve = (claim(name, "Rome", origin=f"line {n}") for n, name in enumerate(("Ann", "Bob", "Eve")))
+    oslo = claim("Bob", "Oslo", origin="line 1")
+    passes = ([ann], [ann, bob], [ann, oslo], [ann, oslo, eve], [oslo, eve], [oslo])
+    facts = decided_alike(tmp_path, policy, *([said("alpha", *those)] for those in passes))
+    assert [one.get("Rome") for one in facts] == ["Ann alpha", "Ann alpha", "Ann alpha", "Ann alpha", "Eve alpha", None]
+    assert [one.get("Oslo") for one in facts][2:] == ["Bob alpha"] * 4
+
+
+def test_who_is_written_alike_is_decided_with_the_one_that_changed(tmp_path: Path) -> None:
+    """A second subject gets the label of the first, and another one again; in the opposite direction, too."""
+    inverse = {"relation": "holder", "prompt": "{subject} holds"}
+    policy = policy_of(relation={"prompt": "The seat of {subject} is", "inverse": inverse, "retract": "revert"})
+    one, other, third = claim("1", "Rome"), claim("2", "Oslo", origin="line 2"), claim("3", "Bonn", origin="line 3")
+    ann, bob = Entity("s:1", "Ann"), Entity("s:2", "Bob")
+    apart = [replace(one, subject=ann), replace(other, subject=bob), third]
+    alike = [apart[0], replace(other, subject=Entity("s:2", "Ann")), third]
+    twice = [apart[0], replace(other, subject=bob, object=Entity("o:Oslo", "Rome")), third]
+    passes = [[said("alpha", *those)] for those in (apart, alike, apart, twice, apart, alike[1:], apart)]
+    facts = decided_alike(tmp_path, policy, *passes)
+    assert (facts[0]["Ann"], facts[0]["Bob"]) == ("Rome alpha", "Oslo alpha")
+    assert facts[-1] == facts[0]
+
+
+def test_merged_ids_meet_whom_their_new_id_meets(tmp_path: Path) -> None:
+    """A subject that is merged into another one's id, an object that is, and what was written alike before."""
+    policy = policy_of(sources=["alpha", "beta"])
+    ann, bob = claim("Ann", "Rome"), claim("Bob", "Oslo", origin="line 2")
+    ghost = replace(claim("Anna", "Bonn", origin="line 3"), subject=Entity("s:Anna", "Ann"))
+    merged = said("alpha", ann, bob, redirects={"s:Anna": "s:Ann", "o:Oslo": "o:Christiania"})
+    passes = [
+        [said("alpha", ann, bob)],
+        [said("alpha", ann, bob, ghost)],
+        [merged],
+        [said("alpha", ghost, bob)],
+        [said("alpha", replace(bob, object=Entity("o:Christiania", "Oslo")), ann)],
+        [said("alpha", ann), said("beta", replace(ghost, source="beta"))],
+    ]
+    facts = decided_alike(tmp_path, policy, *passes)
+    assert facts[0] == facts[2] == {"Ann": "Rome alpha", "Bob": "Oslo alpha"}
