@@ -45,7 +45,7 @@ __all__ = [
 Rank = Literal["preferred", "normal", "deprecated"]
 FactStatus = Literal["live", "withdrawn"]
 ChangeKind = Literal["added", "changed", "removed", "withdrawn", "restored", "relabelled"]
-HoldReason = Literal["rollback", "revert", "probe", "manual"]
+HoldReason = Literal["rollback", "revert", "probe", "gate", "manual"]
 WaitReason = Literal["confirm", "quorum", "flip-flop"]
 ConflictKind = Literal["rows", "sources", "ambiguous", "prompt", "inverse"]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REVISION", "create_tables", "migrate"]
 
-REVISION = "0002"
+REVISION = "0003"
 """The newest revision in `migrations/versions`. Named here so that opening a current ledger need not load Alembic."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy import CheckConstraint, ForeignKeyConstraint, Index, Table
 from sqlmodel import Field
 
+import kbsync.ledger.operations  # noqa: F401  # declares the tables of running it
 from kbsync.ledger.columns import (
     LedgerTable,
     ended_index,
@@ -394,7 +395,7 @@ class Hold(LedgerTable, table=True):
 
     __table_args__ = (
         ForeignKeyConstraint(["model"], ["model.id"]),
-        one_of("reason", "rollback", "revert", "probe", "manual"),
+        one_of("reason", "rollback", "revert", "probe", "gate", "manual"),
         live_index("hold_one_per_key", "until", "model", "relation", "subject_id"),
         LedgerTable.__table_args__,
     )
@@ -494,3 +495,6 @@ model, version, version_delta = _core("model"), _core("version"), _core("version
 delta_fact, head, hold = _core("delta_fact"), _core("head"), _core("hold")
 known, rejected_plan, probe_result = _core("known"), _core("rejected_plan"), _core("probe_result")
 source_state, schedule_state, audit = _core("source_state"), _core("schedule_state"), _core("audit")
+event, delivery, promotion = _core("event"), _core("delivery"), _core("promotion")
+dropped_delta, fact_check, arrival = _core("dropped_delta"), _core("fact_check"), _core("arrival")
+phase, source_answer, heartbeat = _core("phase"), _core("source_answer"), _core("heartbeat")
