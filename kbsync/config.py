@@ -35,9 +35,13 @@ from kbsync.documents import Document, describe, nearest, read_document
 from kbsync.editor.job import ExecutorSettings
 from kbsync.editor.preset import Preset, load_preset
 from kbsync.errors import ConfigError, UsageError
+from kbsync.notify.settings import Notify
 from kbsync.policy import Seconds
+from kbsync.recheck import Recheck
 from kbsync.references import FILE, filled, holds_password, open_to_others
+from kbsync.retention import Retention
 from kbsync.strategy import Strategy
+from kbsync.web.settings import Server
 
 __all__ = ["CONFIG", "EditWindow", "Settings", "StatisticsSettings", "Workspace", "examples", "time_zone"]
 
@@ -157,6 +161,14 @@ class Settings(BaseSettings):
     """Who computes target vectors."""
     strategy: Strategy = Strategy()
     """How versions are made: on the live one, or anew from the base."""
+    retention: Retention = Retention()
+    """For how long versions stay restorable."""
+    recheck: Recheck = Recheck()
+    """When old facts are asked again."""
+    notify: Notify = Notify()
+    """Who is told of what."""
+    server: Server | None = None
+    """Health and metrics over HTTP; null: nothing listens."""
 
     @field_validator("allowed_dirs", mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from kbsync.facts import EditRequest, Fact
 __all__ = [
     "Batch",
     "Confirm",
+    "Freshness",
     "Gate",
     "Guard",
     "Inverse",
@@ -181,6 +182,14 @@ class Batch(_Strict):
     max_facts: Annotated[int, Field(ge=1)] = 200
 
 
+class Freshness(_Strict):
+    """How soon the model is to answer what a source says: `target` (seconds), from the change at the source to the
+    published version. Missed where a change waits for longer, or the p95 of the last `over` seconds is above it."""
+
+    target: Annotated[Seconds, Field(gt=0)] | None = None
+    over: Annotated[Seconds, Field(gt=0)] = 7 * 86400.0
+
+
 class Gate(_Strict):
     """What a version must measure to be published (ARCHITECTURE: Probe and gate)."""
 
@@ -203,6 +212,7 @@ class Policy(_Strict):
     guard: Guard = Guard()
     batch: Batch = Batch()
     gate: Gate = Gate()
+    freshness: Freshness = Freshness()
 
     @field_validator("precedence")
     @classmethod

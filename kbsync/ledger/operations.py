@@ -1,7 +1,7 @@
 """The tables of running it: what people are told, which version serves what, what was measured meanwhile. Declared as
 those of `schema`, which takes them in; docs/ledger.md explains them.
 
-Those that only grow (event, promotion, dropped_delta, fact_check, arrival) are logs: what holds now is the newest row.
+Those that only grow (notice, promotion, dropped_delta, fact_check, arrival) are logs: what holds now is the newest row.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from sqlmodel import Field
 from kbsync.ledger.columns import LedgerTable, flag, json_value, key, one_of, refers, text, time
 
 __all__ = [
-    "EVENT_KINDS",
+    "NOTICE_KINDS",
     "Arrival",
     "Delivery",
     "DroppedDelta",
-    "Event",
     "FactCheck",
     "Heartbeat",
+    "Notice",
     "Phase",
     "Promotion",
     "SourceAnswer",
 ]
 
-EVENT_KINDS = ("held", "rejected", "conflict", "failed", "stale", "faded", "recovered")
+NOTICE_KINDS = ("held", "rejected", "conflict", "failed", "stale", "faded", "recovered")
 
 
-class Event(LedgerTable, table=True):
-    """Something that a person is told of. `thread` is what it is about (`stale sky constellation`): its newest event
+class Notice(LedgerTable, table=True):
+    """Something that a person is told of. `thread` is what it is about (`stale sky constellation`): its newest notice
     says how that stands, so that what lasts is told once."""
 
     __table_args__ = (
-        one_of("kind", *EVENT_KINDS),
-        Index("event_of_thread", "thread", "id"),
+        one_of("kind", *NOTICE_KINDS),
+        Index("notice_of_thread", "thread", "id"),
         LedgerTable.__table_args__,
     )
     id: int | None = key()
@@ -50,10 +50,10 @@ class Event(LedgerTable, table=True):
 
 
 class Delivery(LedgerTable, table=True):
-    """How far an event came on one channel: tried so often, next at, or delivered."""
+    """How far a notice came on one channel: tried so often, next at, or delivered."""
 
     __table_args__ = (Index("delivery_due", "delivered_at", "next_at"), LedgerTable.__table_args__)
-    event_id: int = Field(primary_key=True, foreign_key="event.id")
+    notice_id: int = Field(primary_key=True, foreign_key="notice.id")
     channel: str = text(primary_key=True)
     attempts: int
     next_at: datetime | None = time()

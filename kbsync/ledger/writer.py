@@ -12,8 +12,14 @@ from kbsync.errors import UsageError
 from kbsync.facts import Change, Claim, Conflict, Fact, FactKey, Snapshot
 from kbsync.ledger import merge, schema, scope
 from kbsync.ledger.accept import Decision, accept
+from kbsync.ledger.aliases import PromotionWriter
+from kbsync.ledger.arrivals import ArrivalWriter
+from kbsync.ledger.checks import CheckWriter
 from kbsync.ledger.codec import snapshot_to_text
 from kbsync.ledger.database import insert_row, upsert
+from kbsync.ledger.dropped import DroppedWriter
+from kbsync.ledger.measures import MeasureWriter
+from kbsync.ledger.notices import NoticeWriter
 from kbsync.ledger.read_facts import fact_of
 from kbsync.ledger.reader import Reader
 from kbsync.ledger.records import RecordCounts, RunStatus, ScheduleState, SourceState
@@ -26,7 +32,11 @@ __all__ = ["Writer"]
 _UNFINISHED = ("running", "held")
 
 
-class Writer(Reader, EntityWriter):
+class OperationWriter(PromotionWriter, DroppedWriter, CheckWriter, ArrivalWriter, NoticeWriter, MeasureWriter):
+    """What may be written about running it."""
+
+
+class Writer(Reader, OperationWriter, EntityWriter):
     """A Reader that may also write. `now` is the time of the transaction: later than that of any before it, so that
     `since` and `until` order what happened even where the clock of the machine went back."""
 

@@ -1,4 +1,4 @@
-"""Running it for years: events and their delivery, aliases, dropped deltas, checks of facts, freshness, measures."""
+"""Running it for years: notices and their delivery, aliases, dropped deltas, checks of facts, freshness, measures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = "kind IN ('held', 'rejected', 'conflict', 'failed', 'stale', 'faded', 'r
 def upgrade() -> None:
     """Add the tables, and a reason to hold a fact: the gate."""
     _allow_gate()
-    _events()
+    _notices()
     _versions()
     _measures()
     for table in ("promotion", "dropped_delta", "arrival"):
@@ -60,9 +60,9 @@ def _allow_gate() -> None:
     op.create_index("hold_one_per_key", "hold", ["model", "relation", "subject_id"], unique=True, sqlite_where=live)
 
 
-def _events() -> None:
+def _notices() -> None:
     op.create_table(
-        "event",
+        "notice",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("thread", sa.Text(), nullable=False),
@@ -71,22 +71,22 @@ def _events() -> None:
         sa.Column("message", sa.Text(), nullable=False),
         sa.Column("detail", Json(), nullable=False),
         sa.Column("at", UtcTime(), nullable=False),
-        sa.CheckConstraint(KINDS, name=op.f("ck_event_kind")),
-        sa.ForeignKeyConstraint(["run_id"], ["run.id"], name="fk_event_run_id"),
-        sa.PrimaryKeyConstraint("id", name="pk_event"),
+        sa.CheckConstraint(KINDS, name=op.f("ck_notice_kind")),
+        sa.ForeignKeyConstraint(["run_id"], ["run.id"], name="fk_notice_run_id"),
+        sa.PrimaryKeyConstraint("id", name="pk_notice"),
         sqlite_strict=True,
     )
-    op.create_index("event_of_thread", "event", ["thread", "id"])
+    op.create_index("notice_of_thread", "notice", ["thread", "id"])
     op.create_table(
         "delivery",
-        sa.Column("event_id", sa.Integer(), nullable=False),
+        sa.Column("notice_id", sa.Integer(), nullable=False),
         sa.Column("channel", sa.Text(), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("next_at", UtcTime()),
         sa.Column("delivered_at", UtcTime()),
         sa.Column("error", sa.Text(), nullable=False),
-        sa.ForeignKeyConstraint(["event_id"], ["event.id"], name="fk_delivery_event_id"),
-        sa.PrimaryKeyConstraint("event_id", "channel", name="pk_delivery"),
+        sa.ForeignKeyConstraint(["notice_id"], ["notice.id"], name="fk_delivery_notice_id"),
+        sa.PrimaryKeyConstraint("notice_id", "channel", name="pk_delivery"),
         sqlite_strict=True,
     )
     op.create_index("delivery_due", "delivery", ["delivered_at", "next_at"])

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from kbsync.catalog import Catalog, load_catalog
 from kbsync.commands import UNDO, execute
 from kbsync.config import Workspace
 from kbsync.control import serve
+from kbsync.daemon.chores import CHORES, Chore
 from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
 from kbsync.ledger import Ledger
 from kbsync.lock import writer_lock
@@ -90,6 +91,7 @@ class Daemon:
         with self._signals(), serve(self._workspace.socket, self._handle):
             self._scheduler.add_listener(self._note_event, sum(EVENTS))
             self._schedule_all()
+            self._schedule_chores()
             self._scheduler.start()
             log.info("daemon_started", workspace=str(self._workspace.root), policies=len(self._catalog.policies))
             while not self._stopping.is_set():
@@ -159,7 +161,7 @@ class Daemon:
         one whose last pass was interrupted, put back or failed."""
         wanted = self._catalog.policies
         for job in self._scheduler.get_jobs():
-            if job.id not in wanted:
+            if job.func == self._pass and job.id not in wanted:
                 job.remove()
         now = datetime.now(UTC)
         for name, policy in wanted.items():
@@ -176,6 +178,25 @@ class Daemon:
                 replace_existing=True,
                 next_run_time=first,
             )
+
+    def _schedule_chores(self) -> None:
+        for chore in CHORES:
+            seconds = chore.every.total_seconds()
+            self._scheduler.add_job(self._do, "interval", [chore], seconds=seconds, id=f"chore {chore.name}")
+
+    def _do(self, chore: Chore) -> None:
+        """One chore; alone, or beside what else is going on."""
+        with self._working if chore.alone else nullcontext():
+            if self._stopping.is_set():
+                return
+            try:
+                chore.act(self._reconciler(USER, silent))
+            except Cancelled as error:
+                log.info("chore_put_off", chore=chore.name, reason=error.message)
+            except KbsyncError as error:
+                log.error("chore_failed", chore=chore.name, problem=error.message, hint=error.hint)
+            except Exception as error:
+                self._note_problem("job_error", f"chore {chore.name}", place_of(error))
 
     def _pass(self, name: str) -> None:
         """One scheduled pass of a policy."""

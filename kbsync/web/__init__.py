@@ -1,0 +1,1 @@
+"""HTTP inside the daemon: health and metrics. Off unless `server:` in kbsync.yaml says otherwise."""
