@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m
 READY := $(VENV)/.ready
+AUDITOR := $(VENV)/.auditor
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu mutants lint check format model clean
+.PHONY: help demo test gpu mutants lint audit lock check format model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,7 +32,15 @@ lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: test lint ## test, then lint
+audit: $(AUDITOR) ## known vulnerabilities of what is deployed; its bill of materials in dist/
+	@$(BIN)/python -m tests.audit
+
+# Newest versions that pyproject.toml allows; `tests/test_supply_chain.py` holds the two together.
+lock: $(AUDITOR) ## pin what is deployed, with hashes: deploy/requirements.lock
+	@$(BIN)/uv pip compile pyproject.toml --extra postgres --universal --python-version 3.11 --upgrade --generate-hashes \
+	  --no-annotate --no-emit-index-url --quiet --custom-compile-command "make lock" --output-file deploy/requirements.lock
+
+check: test lint audit ## test, lint, audit
 
 format: $(READY) ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
@@ -44,6 +53,10 @@ $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kbsync needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(AUDITOR): $(READY)
+	$(BIN)/pip install --quiet --editable '.[audit]'
 	@touch $@
 
 clean: ## remove the virtual environment and caches of the tools
