@@ -1,16 +1,72 @@
-"""Names for versions, and the log of what each named when."""
+"""Names for versions, and the log of what each named when.
+
+HEAD is the tip that edits build on. `live` is what is served: HEAD, until somebody promotes a version to it. All other
+names are free.
+"""
 
 from __future__ import annotations
 
+from sqlalchemy import func, insert, select
+
+from kbsync.errors import UsageError
+from kbsync.ledger import schema
 from kbsync.ledger.audit import Auditor
-from kbsync.ledger.database import Session
+from kbsync.ledger.read_versions import VersionReader
+from kbsync.ledger.records import PromotionKind, PromotionRow
 
-__all__ = ["PromotionReader", "PromotionWriter"]
+__all__ = ["LIVE", "PromotionReader", "PromotionWriter"]
+
+LIVE = "live"
+"""The alias of what is served. Where nothing is promoted to it, it follows HEAD."""
+HEAD = "HEAD"
 
 
-class PromotionReader(Session):
-    """Questions about aliases."""
+class PromotionReader(VersionReader):
+    """Questions about aliases. `model` is always the model's id."""
+
+    def promotions(self, model: str, alias: str | None = None) -> list[PromotionRow]:
+        """Every promotion and demotion, oldest first; `alias`: of this one alone."""
+        table = schema.promotion.c
+        query = select(table.model, table.alias, table.kind, table.version, table.who, table.reason, table.at)
+        query = query.where(table.model == model).order_by(table.id)
+        if alias is not None:
+            query = query.where(table.alias == alias)
+        return [PromotionRow(*row) for row in self._connection.execute(query)]
+
+    def pinned(self, model: str) -> dict[str, int]:
+        """Alias -> the version that somebody promoted to it; `live` only where it does not follow HEAD."""
+        table = schema.promotion.c
+        newest = select(func.max(table.id)).where(table.model == model).group_by(table.alias)
+        query = select(table.alias, table.version).where(table.id.in_(newest), table.version.is_not(None))
+        return {row.alias: row.version for row in self._connection.execute(query.order_by(table.alias))}
+
+    def aliases(self, model: str) -> dict[str, int]:
+        """Alias -> the version that it names; `live` is always among them. Raises UsageError for an unknown model."""
+        return {LIVE: self.head(model), **self.pinned(model)}
+
+    def number_of(self, model: str, version: int | str) -> int:
+        """The number of a version that is named by its number, by an alias or as HEAD.
+
+        Raises UsageError where there is no such version or alias.
+        """
+        if isinstance(version, int) or version.isdecimal():
+            return self.version(model, int(version)).number
+        if version == HEAD:
+            return self.head(model)
+        aliases = self.aliases(model)
+        if version not in aliases:
+            hint = f"a number from `kbsync log`, HEAD, or one of the aliases {', '.join(sorted(aliases))}"
+            raise UsageError(f"{version!r} is no version", hint=hint)
+        return aliases[version]
 
 
 class PromotionWriter(PromotionReader, Auditor):
     """What a Writer may write about aliases."""
+
+    def note_promotion(
+        self, model: str, alias: str, kind: PromotionKind, version: int | None, *, user: str, reason: str
+    ) -> None:
+        """Let an alias name a version from now on; None: none (`live`: HEAD)."""
+        values = {"model": model, "alias": alias, "kind": kind, "version": version, "who": user, "reason": reason}
+        self._connection.execute(insert(schema.promotion).values(**values, at=self.now))
+        self.audit(user, kind, {"model": model, "alias": alias, "version": version, "reason": reason})

@@ -16,6 +16,7 @@ from kbsync.ledger.columns import LedgerTable, flag, json_value, key, one_of, re
 
 __all__ = [
     "NOTICE_KINDS",
+    "PROMOTION_KINDS",
     "Arrival",
     "Delivery",
     "DroppedDelta",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 NOTICE_KINDS = ("held", "rejected", "conflict", "failed", "stale", "faded", "recovered")
+PROMOTION_KINDS = ("promote", "demote", "end")
 
 
 class Notice(LedgerTable, table=True):
@@ -62,10 +64,11 @@ class Delivery(LedgerTable, table=True):
 
 
 class Promotion(LedgerTable, table=True):
-    """Every move of an alias; its newest row is where it stands. `version` NULL: it ended (`live` follows HEAD again).
-    Append-only."""
+    """Every move of an alias; its newest row is where it stands. `version` NULL: it names none (`live` follows HEAD
+    again). Append-only."""
 
     __table_args__ = (
+        one_of("kind", *PROMOTION_KINDS),
         ForeignKeyConstraint(["model", "version"], ["version.model", "version.number"]),
         Index("promotion_of_alias", "model", "alias", "id"),
         LedgerTable.__table_args__,
@@ -73,6 +76,7 @@ class Promotion(LedgerTable, table=True):
     id: int | None = key()
     model: str = text()
     alias: str = text()
+    kind: str = text()
     version: int | None
     who: str = text()
     reason: str = text()

@@ -36,14 +36,14 @@ class VersionReader(Session):
         return [ModelRow(*row[:4], self.head(row[0]), row[4]) for row in rows]
 
     def head(self, model: str) -> int:
-        """The live version's number. Raises UsageError where the model is not registered."""
+        """The number of the version that edits build on. Raises UsageError where the model is not registered."""
         moves = self.head_moves(model, limit=1)
         if not moves:
             raise UsageError(f"model {model}: the ledger does not know it", hint="kbsync status")
         return moves[0].number
 
     def head_moves(self, model: str, *, limit: int | None = None) -> list[HeadMove]:
-        """Which version was live from when, newest first."""
+        """Where HEAD was from when, newest first."""
         table = schema.head
         query = select(table.c.model, table.c.version, table.c.at, table.c.who, table.c.reason)
         query = query.where(table.c.model == model).order_by(table.c.id.desc()).limit(limit)

@@ -25,6 +25,8 @@ __all__ = [
     "Placement",
     "PlanRow",
     "ProbeRow",
+    "PromotionKind",
+    "PromotionRow",
     "PublishedVersion",
     "QuarantineRow",
     "RecordCounts",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 RunStatus = Literal["running", "done", "failed", "held", "rejected", "superseded", "cancelled", "postponed"]
+PromotionKind = Literal["promote", "demote", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,8 @@ class QuarantineRow:
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """A model that follows the ledger. `id` is slug + 12 hex digits of `fingerprint`; `head` its live version."""
+    """A model that follows the ledger. `id` is slug + 12 hex digits of `fingerprint`; `head` the version that edits
+    build on."""
 
     id: str
     name: str
@@ -250,6 +254,20 @@ class HeadMove:
     at: datetime
     user: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionRow:
+    """One move of an alias. `promote` names a version, `demote` takes the last promotion that still holds back, `end`
+    takes all of them back. `version`: what it names from then on; None: nothing (`live`: HEAD)."""
+
+    model: str
+    alias: str
+    kind: PromotionKind
+    version: int | None
+    user: str
+    reason: str
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)

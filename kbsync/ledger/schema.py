@@ -375,7 +375,7 @@ class DeltaFact(LedgerTable, table=True):
 
 
 class Head(LedgerTable, table=True):
-    """Every move of HEAD; the newest row of a model is its live version. Append-only."""
+    """Every move of HEAD, the version that edits build on; the newest row is where it is. Append-only."""
 
     __table_args__ = (
         ForeignKeyConstraint(["model", "version"], ["version.model", "version.number"]),

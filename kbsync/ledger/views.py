@@ -130,7 +130,9 @@ WHERE quarantine.until_fetch IS NULL""",
         "version_contents",
         """
 SELECT model, version,
-    CASE WHEN version = (SELECT head.version FROM head WHERE head.model = held.model ORDER BY head.id DESC LIMIT 1)
+    CASE WHEN version = coalesce(
+        (SELECT version FROM promotion WHERE promotion.model = held.model AND alias = 'live' ORDER BY id DESC LIMIT 1),
+        (SELECT head.version FROM head WHERE head.model = held.model ORDER BY head.id DESC LIMIT 1))
         THEN 'live' ELSE 'not live' END AS state,
     relation, subject, target AS object, prompt, delta, delta_column, subject_id, object_id
 FROM (

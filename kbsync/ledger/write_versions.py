@@ -108,7 +108,7 @@ class VersionWriter(VersionReader, Auditor):
         bulk_insert(self._connection, schema.delta_fact, [column.name for column in _DELTA_FACT], rows)
 
     def move_head(self, model: str, number: int, *, user: str, reason: str) -> None:
-        """Make a version that exists the live one. Raises UsageError where there is none of that number."""
+        """Let HEAD be a version that exists. Raises UsageError where there is none of that number."""
         before = self.head(model)
         self.version(model, number)
         self._move(model, number, user, reason)
