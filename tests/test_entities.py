@@ -327,13 +327,13 @@ def test_other_names_have_a_history(tmp_path: Path) -> None:
         )
         take(ledger, feed(*claims(Vega="Lyra", Deneb="Cygnus"), aliases={"Vega": ["Wega"], "Deneb": ["Arided"]}))
         with ledger.read() as db:
-            assert (db.aliases("feed:Vega"), db.aliases("feed:Deneb")) == (["Wega"], ["Arided"])
+            assert (db.other_labels("feed:Vega"), db.other_labels("feed:Deneb")) == (["Wega"], ["Arided"])
         take(ledger, feed(*claims(Vega="Lyra"), aliases={"Vega": ["Fidis"]}, covers=frozenset({"feed:Vega"})))
         with ledger.read() as db:
-            assert (db.aliases("feed:Vega"), db.aliases("feed:Deneb")) == (["Fidis"], ["Arided"])
+            assert (db.other_labels("feed:Vega"), db.other_labels("feed:Deneb")) == (["Fidis"], ["Arided"])
         take(ledger, feed(renamed(claim("Vega", "Lyra"), "Q1"), redirects=merged(Vega="Q1")))
         with ledger.read() as db:
-            assert db.aliases("feed:Q1") == []
+            assert db.other_labels("feed:Q1") == []
 
 
 def test_a_dry_run_leaves_no_redirect(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class EntityReader(Session):
         now = moved.get(entity_id, entity_id)
         return (now, *sorted(old for old, new in moved.items() if new == now))
 
-    def aliases(self, entity_id: str) -> list[str]:
+    def other_labels(self, entity_id: str) -> list[str]:
         """Other ways to write a thing, as its sources give them now."""
         table = schema.alias
         query = select(table.c.label).where(
