@@ -26,7 +26,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from kbsync.errors import ConfigError
-from kbsync.references import noted
+from kbsync.references import names_secret
 
 __all__ = ["MAX_BYTES", "Document", "KeyPath", "describe", "nearest", "read_document", "redact", "validate"]
 
@@ -101,7 +101,6 @@ class Document:
 def read_document(path: Path) -> Document:
     """Read one YAML file. Raises ConfigError naming file and line."""
     text = _read_text(path)
-    noted(text)
     yaml = YAML(typ="safe", pure=True)
     try:
         node = yaml.compose(text)
@@ -208,7 +207,7 @@ class _Reader:
 
 
 def describe(finding: ErrorDetails) -> str:
-    """One finding of pydantic in our words, with the wrong value (no password, one line)."""
+    """One finding of pydantic in our words, with the wrong value (no secret, one line)."""
     kind, message, value = finding["type"], finding["msg"], finding["input"]
     if kind == "missing":
         return "is missing"
@@ -216,7 +215,8 @@ def describe(finding: ErrorDetails) -> str:
         return "is not a known key"
     message = message.removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+    secret = any(names_secret(str(part)) for part in finding["loc"])
+    if secret or (isinstance(value, Mapping | Sequence) and not isinstance(value, str)):
         return message
     shown = " ".join(redact(str(value)).split())
     return f"{message} (got {shown[:_SHOWN] + '…' if len(shown) > _SHOWN else shown!r})"

@@ -27,6 +27,7 @@ from kbsync.ledger.views import VIEWS
 from kbsync.plan_document import PlanFile
 from kbsync.policy import Confirm, Gate, Guard, Inverse, Policy, Relation, Source
 from kbsync.strategy import Strategy
+from kbsync.web.settings import Server, Tls
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +53,8 @@ MODELS: list[type[BaseModel]] = [
     Guard,
     Gate,
     Strategy,
+    Server,
+    Tls,
 ]
 
 

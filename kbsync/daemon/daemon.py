@@ -21,6 +21,7 @@ from typing import Any
 
 import structlog
 from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
+from apscheduler.executors.debug import DebugExecutor
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
@@ -34,8 +35,10 @@ from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
 from kbsync.ledger import Ledger
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
+from kbsync.pulse import BEAT, Pulse
 from kbsync.reconcile import SCHEDULED, Reconciler
 from kbsync.schedule import next_due, trigger
+from kbsync.web.server import serving
 
 __all__ = ["Daemon", "run_daemon"]
 
@@ -78,9 +81,11 @@ class Daemon:
         self._reloading = threading.Event()
         self._wake = threading.Event()
         self._undoing = 0
+        self._pulse = Pulse()
         self._scheduler = BackgroundScheduler(
             jobstores={"default": MemoryJobStore()},
-            executors={"default": ThreadPoolExecutor(max_workers=4)},
+            # "own": in the scheduler's own thread, which so beats itself, however busy the pool is.
+            executors={"default": ThreadPoolExecutor(max_workers=4), "own": DebugExecutor()},
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
             timezone=UTC,
         )
@@ -88,18 +93,22 @@ class Daemon:
     def run(self) -> None:
         """Serve until `stop`; on return nothing is running any more."""
         self._reconciler(USER, silent).recover()
-        with self._signals(), serve(self._workspace.socket, self._handle):
+        server = serving(self._workspace, self._ledger, self._pulse)
+        with self._signals(), serve(self._workspace.socket, self._handle), server:
             self._scheduler.add_listener(self._note_event, sum(EVENTS))
             self._schedule_all()
             self._schedule_chores()
             self._scheduler.start()
             log.info("daemon_started", workspace=str(self._workspace.root), policies=len(self._catalog.policies))
+            self._pulse.phase = "running"
             while not self._stopping.is_set():
-                self._wake.wait()
+                self._wake.wait(BEAT)
                 self._wake.clear()
+                self._pulse.beat("main")
                 if self._reloading.is_set():
                     self._reloading.clear()
                     self.reload()
+            self._pulse.phase = "stopping"
             self._finish()
         log.info("daemon_stopped")
 
@@ -180,6 +189,7 @@ class Daemon:
             )
 
     def _schedule_chores(self) -> None:
+        self._scheduler.add_job(self._pulse.beat, "interval", ["scheduler"], seconds=BEAT, id="pulse", executor="own")
         for chore in CHORES:
             seconds = chore.every.total_seconds()
             self._scheduler.add_job(self._do, "interval", [chore], seconds=seconds, id=f"chore {chore.name}")

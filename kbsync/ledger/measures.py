@@ -2,15 +2,81 @@
 
 from __future__ import annotations
 
-from kbsync.ledger.audit import Auditor
-from kbsync.ledger.database import Session
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
-__all__ = ["MeasureReader", "MeasureWriter"]
+from sqlalchemy import delete, func, select
+
+from kbsync.ledger import schema
+from kbsync.ledger.audit import Auditor
+from kbsync.ledger.database import Session, upsert
+
+__all__ = ["Beat", "MeasureReader", "MeasureWriter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The last sign of life of a part of the daemon: from which process, what it said of itself, when."""
+
+    part: str
+    process: int
+    detail: Mapping[str, Any]
+    at: datetime
 
 
 class MeasureReader(Session):
     """Questions about measures."""
 
+    def beats(self) -> dict[str, Beat]:
+        """The last sign of life of each part that has not said goodbye."""
+        rows = self._connection.execute(select(schema.heartbeat).order_by(schema.heartbeat.c.part))
+        return {row.part: Beat(*row) for row in rows}
+
+    def run_counts(self) -> dict[tuple[str, str], int]:
+        """How many runs there were, by policy ('' for a command's) and status."""
+        table = schema.run
+        query = select(table.c.policy, table.c.status, func.count()).group_by(table.c.policy, table.c.status)
+        return {(policy or "", status): number for policy, status, number in self._connection.execute(query)}
+
+    def failures_in_a_row(self) -> dict[str, int]:
+        """How many of a policy's newest passes failed one after the other; 0 for one whose last pass did not."""
+        table = schema.run
+        over = table.c.policy.is_not(None) & table.c.status.not_in(("running", "cancelled", "postponed"))
+        well = (
+            select(table.c.policy, func.max(table.c.id).label("id"))
+            .where(over, table.c.status != "failed")
+            .group_by(table.c.policy)
+            .subquery()
+        )
+        query = (
+            select(table.c.policy, func.count().label("number"))
+            .outerjoin(well, well.c.policy == table.c.policy)
+            .where(over, table.c.id > func.coalesce(well.c.id, 0))
+            .group_by(table.c.policy)
+        )
+        failed = {row.policy: row.number for row in self._connection.execute(query)}
+        known = self._connection.scalars(select(table.c.policy).where(table.c.policy.is_not(None)).distinct())
+        return {policy: failed.get(policy, 0) for policy in sorted(known)}
+
+    def fact_counts(self) -> dict[tuple[str, str], int]:
+        """How many facts are held true, by relation and status."""
+        table = schema.fact
+        query = select(table.c.relation, table.c.status, func.count()).where(table.c.until.is_(None))
+        rows = self._connection.execute(query.group_by(table.c.relation, table.c.status))
+        return {(relation, status): number for relation, status, number in rows}
+
 
 class MeasureWriter(MeasureReader, Auditor):
     """What a Writer may write about measures."""
+
+    def beat(self, part: str, process: int, detail: Mapping[str, Any] | None = None) -> None:
+        """`part` of this process is alive now."""
+        row = {"part": part, "process": process, "detail": dict(detail or {}), "at": self.now}
+        upsert(self._connection, schema.heartbeat, [row])
+
+    def end_beats(self, part: str | None = None) -> None:
+        """`part` (None: every part) has ended as it should: that it is silent from now on means nothing."""
+        statement = delete(schema.heartbeat)
+        self._connection.execute(statement if part is None else statement.where(schema.heartbeat.c.part == part))
