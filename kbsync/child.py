@@ -16,9 +16,13 @@ import threading
 from collections.abc import Mapping
 from typing import IO, Any
 
+from kbsync import references
 from kbsync.editor.job import EditJob, EditResult
 from kbsync.errors import Cancelled, EditError, KbsyncError
 from kbsync.progress import Progress, silent
+
+KEPT = ("HF_TOKEN", "RAY_AUTH_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+"""Variables with secrets that an edit cannot do without: for texts of the Hub, and for a Ray cluster."""
 
 __all__ = ["end", "last_words", "run_edit", "start"]
 
@@ -55,14 +59,16 @@ def run_edit(
 
 
 def start(module: str, stderr: IO[bytes], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """One of our own modules under our own interpreter, with pipes to its stdin and from its stdout."""
+    """One of our own modules under our own interpreter, with pipes to its stdin and from its stdout; of this process's
+    environment it has all but the secrets (`KEPT` aside)."""
+    ours = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **(environment or {})}
     return subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
         start_new_session=True,
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **(environment or {})},
+        env=references.environment(KEPT) | ours,
     )
 
 
@@ -71,7 +77,7 @@ def last_words(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
     size = stderr.seek(0, os.SEEK_END)
     stderr.seek(max(0, size - STDERR_TAIL))
     tail = stderr.read().decode(errors="replace").strip().splitlines()
-    return f"status {process.wait()}" + (f": {tail[-1]}" if tail else "")
+    return f"status {process.wait()}" + (f": {references.hidden(tail[-1])}" if tail else "")
 
 
 def _converse(process: subprocess.Popen[bytes], job: EditJob, progress: Progress) -> dict[str, Any]:

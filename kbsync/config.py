@@ -38,7 +38,7 @@ from kbsync.errors import ConfigError, UsageError
 from kbsync.notify.settings import Notify
 from kbsync.policy import Seconds
 from kbsync.recheck import Recheck
-from kbsync.references import FILE, filled, holds_password, open_to_others
+from kbsync.references import FILE, filled, holds_password, noted, open_to_others, read_secret
 from kbsync.retention import Retention
 from kbsync.strategy import Strategy
 from kbsync.web.settings import Server
@@ -150,6 +150,8 @@ class Settings(BaseSettings):
     """Folders, beside the workspace itself, that sources may read local files from."""
     on_publish: str | None = None
     """Command run after each publication, version and folder in its environment; its failure is only logged."""
+    hook_secrets: Annotated[tuple[str, ...], NoDecode] = ()
+    """Variables with secrets that commands which kbsync runs may see; the others are left out of their environment."""
     grace: Annotated[Seconds, Field(gt=0)] = 30.0
     """Seconds that the daemon has for ending the current edit when it is stopped."""
     max_gpu_memory: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
@@ -175,6 +177,12 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         """KBSYNC_ALLOWED_DIRS is one text, parted as PATH is."""
         return tuple(value.split(os.pathsep)) if isinstance(value, str) else value
+
+    @field_validator("hook_secrets", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        """KBSYNC_HOOK_SECRETS is one text of names with blanks or commas between."""
+        return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
     @field_validator("edit_window")
     @classmethod
@@ -290,13 +298,13 @@ class Workspace:
         """The ledger's database URL with its secrets filled in: for opening it, never for printing."""
         if self.settings.ledger is None:
             return f"sqlite:///{self.data / 'ledger.db'}"
-        return self._secret("ledger", self.settings.ledger)
+        return self.secret("ledger", self.settings.ledger)
 
     @property
     def server_token(self) -> str | None:
         """The server's bearer token, looked up; None where kbsync makes its own. Raises ConfigError."""
         server = self.settings.server
-        return None if server is None or server.token is None else self._secret("server.token", server.token)
+        return None if server is None or server.token is None else self.secret("server.token", server.token)
 
     def preset(self, model: str) -> Preset:
         """The editing preset of `model` (a name), or the one that kbsync.yaml names, with its choice of statistics.
@@ -323,14 +331,20 @@ class Workspace:
             )
         return found
 
-    def _secret(self, key: str, value: SecretStr) -> str:
-        """`value` with `${NAME}` taken from the environment, or the content of the file that `file:PATH` names."""
+    def secret(self, key: str, value: SecretStr) -> str:
+        """`value` with `${NAME}` taken from the environment, or the content of the file that `file:PATH` names.
+
+        Raises ConfigError, naming `key`, where it is not there.
+        """
         text, file = value.get_secret_value(), self.root / CONFIG
+        noted(text)
         if text.startswith(FILE):
             try:
-                return (self.root / text.removeprefix(FILE)).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"cannot read {text}", file=file, key=key) from error
+                return read_secret(self.root / text.removeprefix(FILE))
+            except OSError as error:
+                raise ConfigError(f"cannot read {text}: {error.strerror}", file=file, key=key) from error
+            except ValueError as error:
+                raise ConfigError(f"cannot read {text}: {error}", file=file, key=key) from None
         try:
             return filled(text)
         except ValueError as error:

@@ -26,7 +26,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from kbsync.errors import ConfigError
-from kbsync.references import names_secret
+from kbsync.references import names_secret, noted
 
 __all__ = ["MAX_BYTES", "Document", "KeyPath", "describe", "nearest", "read_document", "redact", "validate"]
 
@@ -101,6 +101,7 @@ class Document:
 def read_document(path: Path) -> Document:
     """Read one YAML file. Raises ConfigError naming file and line."""
     text = _read_text(path)
+    noted(text)
     yaml = YAML(typ="safe", pure=True)
     try:
         node = yaml.compose(text)

@@ -8,8 +8,6 @@ before it leaves an unreferenced file or two; a crash after it leaves a HEAD tha
 
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from kbsync import hook
 from kbsync.child import run_edit
 from kbsync.config import Workspace
 from kbsync.edit import Edit, Outcome, anew, columns, held_facts, new_facts, staying_facts, superseded
@@ -304,22 +303,15 @@ class Line:
         command = self.workspace.settings.on_publish
         if not command:
             return
-        environment = {
-            **os.environ,
+        variables = {
             "KBSYNC_MODEL": self.model,
             "KBSYNC_VERSION": str(number),
             "KBSYNC_WORKSPACE": str(self.workspace.root),
         }
-        try:
-            done = subprocess.run(  # noqa: S602 - the owner's own command line from kbsync.yaml
-                command, shell=True, env=environment, cwd=self.workspace.root, timeout=HOOK_SECONDS, capture_output=True
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            log.error("on_publish_failed", version=number, problem=str(error))
-            return
-        if done.returncode:
-            said = done.stderr[-500:].decode(errors="replace")
-            log.error("on_publish_failed", version=number, status=done.returncode, stderr=said)
+        keep = self.workspace.settings.hook_secrets
+        problem = hook.run(command, folder=self.workspace.root, variables=variables, keep=keep, seconds=HOOK_SECONDS)
+        if problem:
+            log.error("on_publish_failed", version=number, problem=problem)
 
 
 def _answers(result: EditResult) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@
     structlog.get_logger().info("run_finished", run=3, status="done")
 
 What libraries log through the standard module takes the same way, so that one stream tells the whole story on stderr.
-Credentials in URLs and values of secret-looking keys never reach it.
+Credentials in URLs, values of secret-looking keys and what the workspace's references stand for never reach it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any, TextIO
 
 import structlog
+
+from kbsync.references import hidden
 
 __all__ = ["configure", "redact"]
 
@@ -97,4 +99,4 @@ def _redacted(key: object, value: Any) -> Any:
     text = repr(value) if isinstance(value, BaseException) else str(value)
     for pattern, replacement in _HIDE:
         text = pattern.sub(replacement, text)
-    return text
+    return hidden(text)

@@ -1,20 +1,28 @@
-"""Secrets in the workspace's files: they stand there as `${NAME}` or `file:PATH` only, and are looked up when used."""
+"""Secrets in the workspace's files: they stand there as `${NAME}` or `file:PATH` only, and are looked up when used.
+
+What they stand for is known to this process alone: `hidden` takes it out of any text, as the log and the errors of the
+command line do last of all, and `environment` leaves it out of what other programs get.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 __all__ = [
     "FILE",
+    "environment",
     "filled",
+    "hidden",
     "holds_password",
     "is_reference",
     "names_secret",
+    "noted",
     "open_to_others",
+    "read_secret",
     "redacted",
     "secrets_of",
 ]
@@ -22,6 +30,21 @@ __all__ = [
 FILE = "file:"
 """What begins a value whose text is in a file."""
 
+LARGEST_SECRET = 65_536
+"""Bytes of a file that holds one."""
+SHORTEST_HIDDEN = 8
+"""Characters of a secret that is looked for in texts: a shorter one would be found in other words, too."""
+
+_ORDINARY = frozenset({"HOME", "PATH", "PWD", "OLDPWD", "USER", "LOGNAME", "HOSTNAME", "SHELL", "TMPDIR", "LANG", "TZ"})
+"""Variables that hold no secret, though a file of the workspace may refer to them."""
+_declared: set[str] = set()
+"""Variables that the files of the workspace refer to."""
+_read: set[str] = set()
+"""What was read from files that hold a secret."""
+_SECRET_VARIABLE = re.compile(
+    r"(?:.*_)?(?:\w*PASS|\w*PASSWD|\w*PASSWORD|PASSPHRASE|PWD|SECRETS?|TOKENS?|CREDENTIALS?|\w*KEY)(?:_.*)?",
+    re.IGNORECASE,
+)
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _PASSWORD = re.compile(
     r"://[^/\s:@]*:(?!\$\{)[^@\s]+@"
@@ -37,6 +60,51 @@ def filled(text: str) -> str:
     if missing := [name for name in _REFERENCE.findall(text) if name not in os.environ]:
         raise ValueError(f"environment variable {missing[0]} is not set")
     return _REFERENCE.sub(lambda match: os.environ[match[1]], text)
+
+
+def noted(text: str) -> None:
+    """Remember which variables a file of the workspace refers to: what they hold is a secret from now on."""
+    _declared.update(name for name in _REFERENCE.findall(text) if name not in _ORDINARY)
+
+
+def read_secret(path: Path) -> str:
+    """The text of a file that holds a secret, without the blanks around it.
+
+    Raises ValueError where it is no regular file (a pipe would be waited for), too large or no UTF-8, OSError where it
+    cannot be read.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("is no regular file")
+        body = file.read(LARGEST_SECRET + 1)
+    if len(body) > LARGEST_SECRET:
+        raise ValueError(f"is larger than {LARGEST_SECRET:,} bytes")
+    text = body.decode().strip()
+    _read.add(text)
+    return text
+
+
+def hidden(text: str) -> str:
+    """`text` without any secret of the workspace that this process knows: `***` in its place."""
+    values = _read.union(os.environ.get(name, "") for name in _declared)
+    for value in sorted((value for value in values if len(value) >= SHORTEST_HIDDEN), key=len, reverse=True):
+        text = text.replace(value, "***")
+    return text
+
+
+def environment(keep: Collection[str] = ()) -> dict[str, str]:
+    """What another program gets of this process's environment: all but secrets, unless `keep` names them.
+
+    A variable is one where a file of the workspace refers to it, where its name says so (PGPASSWORD, GITHUB_TOKEN,
+    AWS_SECRET_ACCESS_KEY), and where its value is a URL with a password.
+    """
+    return {name: value for name, value in os.environ.items() if name in keep or not _is_secret(name, value)}
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if name in _ORDINARY:
+        return False
+    return name in _declared or _SECRET_VARIABLE.fullmatch(name) is not None or holds_password(value)
 
 
 def holds_password(url: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kbsync.child import run_edit
+from kbsync.child import end, run_edit, start
 from kbsync.editor.job import EditJob
 from kbsync.editor.preset import load_preset
 from kbsync.errors import Cancelled, EditError
@@ -59,3 +59,21 @@ def test_cancelling_ends_the_child_at_once(job: EditJob, monkeypatch: pytest.Mon
     with pytest.raises(Cancelled):
         run_edit(job, worker=FAKE, cancelled=stop, progress=lambda *_: stop.set())
     assert time.monotonic() - begun < 30  # the child would have slept for ten minutes
+
+
+def test_a_child_has_no_secret_in_its_environment_but_those_that_an_edit_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    for name in ("PGPASSWORD", "KBSYNC_WEBHOOK_SECRET", "HF_TOKEN"):
+        monkeypatch.setenv(name, f"canary-{name}")
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = start(FAKE, stderr, {"KBSYNC_FAKE": "wait"})
+        given = Path(f"/proc/{process.pid}/environ").read_bytes()
+        end(process)
+        if process.stdout is not None:
+            process.stdout.close()
+    assert b"canary-HF_TOKEN" in given
+    assert b"KBSYNC_FAKE=wait" in given
+    assert b"canary-PGPASSWORD" not in given
+    assert b"canary-KBSYNC" not in given

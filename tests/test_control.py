@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,26 @@ def handler(command: str, arguments: dict[str, Any], user: str, progress: Progre
     progress("edit", 1, 2)
     progress("edit", 2, 2)
     return {"command": command, "arguments": arguments, "user": user}
+
+
+REQUEST = b'{"command": "sync", "arguments": {}, "user": "ada"}\n'
+
+
+@contextmanager
+def talking_to(path: Path) -> Iterator[socket.socket]:
+    """A connection of a client that does as the test says."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(path))
+        yield client
+
+
+def heard(client: socket.socket, *, last: bool = False) -> dict[str, Any]:
+    """The next line that the daemon says, or its last one."""
+    with client.makefile("rb") as stream:
+        lines = list(stream) if last else [stream.readline()]
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 def test_a_command_reaches_the_daemon_and_its_progress_and_result_come_back(tmp_path: Path) -> None:
@@ -63,7 +87,18 @@ def test_a_socket_left_by_a_dead_daemon_is_replaced_and_removed_at_the_end(tmp_p
     assert not path.exists()
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b"[]\n", b'{"command": 1, "arguments": {}, "user": "x"}\n'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json\n",
+        b"[]\n",
+        b'{"command": 1, "arguments": {}, "user": "x"}\n',
+        b'{"command": "sync", "arguments": {}}\n',
+        b"[" * 100_000 + b"\n",
+        b"\xff\xfe\n",
+    ],
+    ids=["no JSON", "no object", "wrong type", "no user", "very deep", "no UTF-8"],
+)
 def test_a_malformed_request_is_answered_with_an_error_and_the_daemon_goes_on(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "control.sock"
     with serve(path, handler):
@@ -78,3 +113,61 @@ def test_an_error_of_any_class_survives_the_way_through_json() -> None:
     for kind in (KbsyncError, Held, Busy):
         again = KbsyncError.from_json(kind("m", hint="h").to_json())
         assert (type(again), again.message, again.hint, again.exit_code) == (kind, "m", "h", kind.exit_code)
+
+
+def test_a_request_that_is_too_large_is_refused_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbsync.control.MAX_REQUEST", 100_000)
+    with serve(tmp_path / "control.sock", handler), talking_to(tmp_path / "control.sock") as client:
+        client.sendall(b"x" * 100_001)
+        assert "larger than 100,000 bytes" in heard(client)["error"]["message"]
+
+
+@pytest.mark.parametrize("said", [b"", b'{"command": '], ids=["silent", "half a request"])
+def test_a_client_that_does_not_say_what_it_wants_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr("kbsync.control.REQUEST_SECONDS", 0.2)
+    with serve(tmp_path / "control.sock", handler), talking_to(tmp_path / "control.sock") as client:
+        client.sendall(said)
+        assert "no whole request in 0.2 s" in heard(client)["error"]["message"]
+
+
+def test_a_command_does_not_wait_for_a_client_that_reads_nothing(tmp_path: Path) -> None:
+    """Its progress is left out where there is no room for it, and what is sent stays whole lines up to the result."""
+
+    def chatty(command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
+        for step in range(20_000):
+            progress("targets", step, 20_000)
+        done.set()
+        return {"command": command}
+
+    done = threading.Event()
+    with serve(tmp_path / "control.sock", chatty), talking_to(tmp_path / "control.sock") as client:
+        client.sendall(REQUEST)
+        assert done.wait(60)
+        with client.makefile("rb") as stream:
+            events = [json.loads(line) for line in stream]
+    assert events[-1] == {"result": {"command": "sync"}}
+    assert 1 < len(events) < 20_000
+
+
+def test_one_client_too_many_is_told_so_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbsync.control.CLIENTS", 2)
+    path = tmp_path / "control.sock"
+    with serve(path, handler), talking_to(path) as one, talking_to(path) as two, talking_to(path) as three:
+        assert "2 clients already" in heard(three)["error"]["message"]
+        for client in (one, two):
+            client.sendall(REQUEST)
+        assert [heard(client, last=True)["result"]["user"] for client in (one, two)] == ["ada", "ada"]
+
+
+def test_another_user_is_refused_whatever_the_files_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel says whose process it is; this process is made to take itself for another user's."""
+    path = tmp_path / "control.sock"
+    with serve(path, handler), talking_to(path) as client:
+        monkeypatch.setattr("kbsync.control._PRIVILEGED", -1)
+        monkeypatch.setattr("os.geteuid", lambda: 54321)
+        client.sendall(REQUEST)
+        assert "another user" in heard(client)["error"]["message"]

@@ -31,6 +31,7 @@ from kbsync.cli import (
 )
 from kbsync.errors import KbsyncError
 from kbsync.log import configure
+from kbsync.references import hidden
 
 __all__ = ["app", "main"]
 
@@ -61,7 +62,7 @@ def main() -> None:
 def fail(error: KbsyncError) -> None:
     """Say what went wrong in one line, what to do in the next, and end with the error's exit code."""
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-    stderr.print(f"[red]error:[/] {escape(error.message)}")
+    stderr.print(f"[red]error:[/] {escape(hidden(error.message))}")
     if error.hint:
-        stderr.print(f"[bold]hint:[/] {escape(error.hint)}")
+        stderr.print(f"[bold]hint:[/] {escape(hidden(error.hint))}")
     sys.exit(error.exit_code)

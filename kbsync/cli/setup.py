@@ -1,4 +1,4 @@
-"""The commands that set up a workspace and look after its model: init, check, doctor, model, statistics."""
+"""The commands that set up a workspace and look after its model: init, check, config, doctor, model, statistics."""
 
 from __future__ import annotations
 
@@ -57,6 +57,18 @@ def check(root: Root = Path(), as_json: AsJson = False) -> None:
     say(f"{counted(len(catalog.sources), 'source')}, {counted(len(catalog.policies), 'policy', 'policies')}: sound")
     for warning in warnings:
         say(f"[yellow]warning:[/] {escape(warning)}")
+    return None
+
+
+@app.command()
+def config(root: Root = Path(), as_json: AsJson = False) -> None:
+    """Show the settings in force and where each is from: kbsync.yaml, the environment, or a default. No secrets."""
+    from kbsync.effective import effective
+
+    found = effective(root)
+    if as_json:
+        return emit([{"key": one.key, "value": one.value, "origin": one.origin} for one in found])
+    table("settings", ("key", "value", "from"), ((one.key, one.value, one.origin) for one in found))
     return None
 
 
