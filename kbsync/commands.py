@@ -117,7 +117,8 @@ def _release(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, 
 
 def _gc(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
     older_than = timedelta(seconds=arguments["older_than"])
-    return collect(reconciler.workspace, reconciler.ledger, older_than, dry=bool(arguments.get("dry")))
+    workspace, ledger, dry = reconciler.workspace, reconciler.ledger, bool(arguments.get("dry"))
+    return collect(workspace, ledger, older_than, user=reconciler.user, dry=dry)
 
 
 def _retire(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,47 +1,119 @@
-"""Garbage collection: files that no version needs. Torch-free; for the holder of the writer lock.
+"""Retention carried out, and garbage collection: files that no version needs. Torch-free; for the holder of the writer
+lock.
 
-    collect(workspace, ledger, timedelta(hours=1), dry=True)     # {"files": [...], "bytes": 123}
+    collect(workspace, ledger, timedelta(hours=1), user="ada", dry=True)    # {"files": [...], "bytes": 123, …}
     retire(workspace, ledger, "old-model", user="ada")           # its versions are no roots any more
 
-Roots are the versions of all models, but those of models that were retired. What nothing has touched for a while and no
-root names goes: deltas, corrections, manifests, and the target vectors of requests that no version holds, which a later
-edit would compute again. Manifests of retired versions stay: they are small, and say what was.
+A delta that retention gives up is written down in the ledger first (`dropped_delta`) and unlinked then; a crash in
+between leaves a file that no version needs.
+
+Roots are the restorable versions of all models. What nothing has touched for a while and no root names goes: deltas,
+corrections, manifests, and the target vectors of requests that no version holds, which a later edit would compute
+again. Manifests of versions that are not restorable stay: they are small, and say what was.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from kbsync.config import Workspace
 from kbsync.errors import UsageError
-from kbsync.ledger import Ledger
+from kbsync.ledger import Ledger, Reader
+from kbsync.ledger.writer import Writer
+from kbsync.retention import Retention
 from kbsync.serving import Versions
-from kbsync.versions.store import VersionStore, named, stray_targets
+from kbsync.versions.store import VersionStore, stray_targets
 
 __all__ = ["collect", "retire"]
 
 
-def collect(workspace: Workspace, ledger: Ledger, older_than: timedelta, *, dry: bool = False) -> dict[str, Any]:
-    """Remove the files (`dry`: only name them) and say which they are, and their bytes together."""
-    live: set[str] = set()
-    requests: set[str] = set()
-    with ledger.read() as db:
-        numbers = {model.id: {row.number for row in db.versions(model.id)} for model in db.models()}
-        for model in numbers:
-            active = [entry for row in db.kept_versions(model) for entry in db.active(model, row.number)]
-            live |= named(active)
-            deltas = {entry.delta for entry in active}
-            requests |= {fact.request.digest for delta in deltas for fact in db.delta_facts(model, delta)}
-    found: set[Path] = set(stray_targets(workspace.targets, requests, older_than=older_than))
-    for model, known in numbers.items():
-        found.update(VersionStore(workspace.data, model).orphans(live, known, older_than=older_than))
-    size = sum(path.stat().st_size for path in found)
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model's versions: which there are, which are not restorable any more, what the others need."""
+
+    store: VersionStore
+    numbers: frozenset[int]
+    lost: tuple[int, ...]
+    kept: frozenset[str]
+    requests: frozenset[str]
+
+
+def collect(
+    workspace: Workspace, ledger: Ledger, older_than: timedelta, *, user: str, dry: bool = False
+) -> dict[str, Any]:
+    """Give up what retention allows and remove the files that no version needs any more, of which other ones must be
+    untouched for `older_than`. `dry`: only say which they would be.
+
+    `files`, and their `bytes` together; `dropped`: the deltas among them that retention gave up; `versions`: by model,
+    those that are not restorable any more.
+    """
+    dropped: set[Path] = set()
+    models = []
+    with ledger.write() as db:
+        for row in db.models():
+            store = VersionStore(workspace.data, row.id)
+            sizes, lost = _drop(db, workspace.settings.retention, store, user)
+            models.append(_after(db, store, lost))
+            dropped.update(map(store.delta_path, sizes))
+        if dry:
+            db.rollback()
+    kept = {path for model in models for path in map(model.store.delta_path, model.kept)}
+    dropped -= kept
+    found = dropped | set(_orphans(workspace, models, older_than))
+    size = sum(path.stat().st_size for path in found if path.exists())
     if not dry:
         for path in found:
             path.unlink(missing_ok=True)
-    return {"files": sorted(map(str, found)), "bytes": size}
+    return {
+        "files": sorted(map(str, found)),
+        "bytes": size,
+        "dropped": sorted(path.stem for path in dropped),
+        "versions": {model.store.model: list(model.lost) for model in models if model.lost},
+    }
+
+
+def _drop(
+    db: Writer, retention: Retention, store: VersionStore, user: str
+) -> tuple[Mapping[str, int], tuple[int, ...]]:
+    """Give up the deltas that only versions need which retention does not keep: their sizes, and those versions."""
+    model, files = store.model, db.files(store.model)
+    before = db.restorable(model)
+    kept = before & retention.keeps(db.made_at(model), {db.head(model), *db.aliases(model).values()}, db.now)
+    needed = {delta for number in kept for delta in files[number]}
+    going = {delta for number in before - kept for delta in files[number]} - needed
+    if not going:
+        return {}, ()
+    sizes = {delta: _size(store.delta_path(delta)) for delta in going}
+    db.drop_deltas(model, sizes, user=user, reason=f"{retention.versions} versions, {retention.days:g} days")
+    return sizes, tuple(sorted(before - db.restorable(model)))
+
+
+def _after(db: Reader, store: VersionStore, lost: tuple[int, ...]) -> _Model:
+    """What has to be there once that is given up."""
+    model, kept = store.model, db.kept_files(store.model)
+    requests = {fact.request.digest for delta in kept for fact in db.delta_facts(model, delta)}
+    return _Model(store, frozenset(db.made_at(model)), lost, frozenset(kept), frozenset(requests))
+
+
+def _orphans(workspace: Workspace, models: Iterable[_Model], older_than: timedelta) -> Iterable[Path]:
+    """Files that no version needs, untouched for so long."""
+    models = list(models)
+    live = {delta for model in models for delta in model.kept}
+    requests = {digest for model in models for digest in model.requests}
+    yield from stray_targets(workspace.targets, requests, older_than=older_than)
+    for model in models:
+        yield from model.store.orphans(live, model.numbers, older_than=older_than)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def retire(workspace: Workspace, ledger: Ledger, model: str, *, user: str, reason: str = "") -> dict[str, Any]:

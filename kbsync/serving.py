@@ -69,13 +69,17 @@ class Versions:
         return cls(workspace, ledger, folder, print_, model, VersionStore(workspace.data, model))
 
     def row(self, version: int | Literal["live"] = "live") -> VersionRow | None:
-        """What the ledger says of a version; None for version 0 of a model that was never synced. Raises UsageError."""
+        """What the ledger says of a version; None for version 0 of a model that was never synced.
+
+        Raises UsageError where there is none of that number, or it is not restorable."""
         with self.ledger.read() as db:
             known = any(row.id == self.model for row in db.models())
             if not known and version in ("live", 0):
                 return None
             number = db.head(self.model) if version == "live" else version
             rows = {row.number: row for row in db.versions(self.model)} if known else {}
+            if number in rows:
+                db.require_restorable(self.model, number)
         if number not in rows:
             raise UsageError(f"there is no version {number}", hint="kbsync log lists the versions")
         return rows[number]
@@ -112,13 +116,14 @@ def verify_workspace(workspace: Workspace, ledger: Ledger, *, weights: bool = Tr
         records = {
             model.id: [
                 VersionRecord(row.number, row.manifest_sha256, tuple(db.active(model.id, row.number)))
-                for row in db.kept_versions(model.id)
+                for row in db.versions(model.id)
             ]
             for model in models
         }
+        files = {model.id: db.kept_files(model.id) for model in models}
     for model in models:
         store = VersionStore(workspace.data, model.id)
-        yield from map(str, store.verify(records[model.id], head=model.head))
+        yield from map(str, store.verify(records[model.id], head=model.head, files=files[model.id]))
     if weights and versions.model in records:
         try:
             versions.load("live")

@@ -84,9 +84,10 @@ def _content(applied: Applied | None) -> tuple[str, str] | None:
 def rollback(line: Line, to: int, reason: str = "") -> dict[str, Any]:
     """Move HEAD to version `to`: nothing is computed anew. What that takes out of the weights, or puts back, is held.
 
-    Raises UsageError for a version that is not there, StoreError where its files are not as recorded.
+    Raises UsageError for a version that is not there or not restorable, StoreError where its files are not as recorded.
     """
     with line.ledger.read() as db:
+        db.require_restorable(line.model, to)
         line.store.require(to, db.version(line.model, to).manifest_sha256)
     with line.ledger.write() as db:
         head, row = db.head(line.model), db.version(line.model, to)
@@ -169,9 +170,11 @@ def _revert(
     """Make the version that holds just `keep`, as a rebase where there is a reason (`because`). A revert is a person's
     decision: it is probed, not gated, but a rebase must not lose other facts."""
     with line.ledger.read() as db:
-        now, desired = db.applied(line.model, db.head(line.model)), db.facts()
+        now, desired, files = db.applied(line.model, db.head(line.model)), db.facts(), db.kept_files(line.model)
     holds, releases = holds_after(now, keep, desired, reason="revert", evidence=reason)
     staying = {key: applied for key, applied in keep.items() if _column(now.get(key)) == _column(applied)}
+    if because is None and any(applied.delta not in files for applied in keep.values()):
+        because = "the deltas of what comes back are gone"
     if because is None and line.stored_whole(now.keys() - staying.keys()):
         because = "its delta is stored whole"
     plan = {

@@ -525,13 +525,13 @@ def test_a_model_that_was_left_can_be_retired_which_frees_its_files_and_it_start
         with pytest.raises(UsageError, match="model gone: the ledger does not know it"):
             retire(reconciler.workspace, reconciler.ledger, "gone", user="test")
         retire(reconciler.workspace, reconciler.ledger, "model", user="test")
-        collect(reconciler.workspace, reconciler.ledger, timedelta(0))
+        collect(reconciler.workspace, reconciler.ledger, timedelta(0), user="test")
         assert {path.stem for path in reconciler.workspace.deltas.iterdir()} == ours
     assert problems(made) == []
     config.write_text(old)
     with made.open() as reconciler:
         assert reconciler.sync()[0].versions == [3]
-        collect(reconciler.workspace, reconciler.ledger, timedelta(0))
+        collect(reconciler.workspace, reconciler.ledger, timedelta(0), user="test")
         assert holds(reconciler) == CHANGED
     assert problems(made) == []
 

@@ -77,7 +77,7 @@ def hash_of(made: TestWorkspace, version: int) -> str:
 
 def garbage(reconciler: Reconciler, *, hours: float) -> list[str]:
     """Names of the files that `gc` removes."""
-    done = collect(reconciler.workspace, reconciler.ledger, timedelta(hours=hours))
+    done = collect(reconciler.workspace, reconciler.ledger, timedelta(hours=hours), user="test")
     return [Path(name).name for name in done["files"]]
 
 

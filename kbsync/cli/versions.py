@@ -30,14 +30,16 @@ def log(root: Root = Path(), as_json: AsJson = False) -> None:
         model = required_model(workspace, db)
         found = sorted(db.versions(model.id), key=lambda version: -version.number)
         holding = {version.number: len(db.applied(model.id, version.number)) for version in found}
+        restorable = db.restorable(model.id)
     if as_json:
-        return emit([_version_json(version, holding[version.number], model.head) for version in found])
+        rows = [_version_json(version, holding[version.number], model.head) for version in found]
+        return emit([row | {"restorable": row["number"] in restorable} for row in rows])
     table(
         f"versions of {model.id}",
         ("", "version", "on", "facts", "new", "made", "weights", "effic.", "para.", "spec. drop", "drift", "reason"),
         (
             (
-                "live" if version.number == model.head else "",
+                "live" if version.number == model.head else "" if version.number in restorable else "not restorable",
                 version.number,
                 version.parent,
                 holding[version.number],
@@ -68,13 +70,18 @@ def show(
         row, held = db.version(model.id, version), db.applied(model.id, version)
         before = db.applied(model.id, row.parent) if row.parent is not None else {}
         active = [entry.model_dump(by_alias=True) for entry in db.active(model.id, version)]
+        restorable = version in db.restorable(model.id)
     difference = _difference(before, held)
     if as_json:
-        return emit(asdict(row) | {"active": active, "changes": difference, "holds": len(held)})
+        return emit(
+            asdict(row) | {"active": active, "changes": difference, "holds": len(held), "restorable": restorable}
+        )
     say(f"[bold]version {row.number}[/] of {escape(model.id)}: {row.kind} on {row.parent}, {short(row.created_at)}")
     say(f"  {escape(row.reason)}  by {escape(row.user)}  run {row.run_id}")
     say(f"  weights {row.weights_sha256}")
     say(f"  {probe_line(row.probe)}")
+    if not restorable:
+        say("  [yellow]not restorable[/]: its deltas are gone")
     for entry in active:
         say(f"  delta {entry['delta'][:12]}" + (f" without columns {entry['except']}" if entry["except"] else ""))
     _say_difference(f"against version {row.parent}", difference)
@@ -94,10 +101,13 @@ def diff(
         for number in (one, other):
             db.version(model.id, number)
         difference = _difference(db.applied(model.id, one), db.applied(model.id, other))
-        weights = _weights(workspace, db, model.id, one, other)
+        lost = {one, other} - db.restorable(model.id)
+        weights = None if lost else _weights(workspace, db, model.id, one, other)
     if as_json:
         return emit({"facts": difference, "weights": weights})
     _say_difference(f"version {one} -> {other}", difference)
+    if weights is None:
+        return say(f"[yellow]no weights to compare[/]: version {min(lost)} is not restorable")
     columns = ("matrix", "‖difference‖", "of ‖W‖", "rank")
     rows = weights["matrices"]
     table(

@@ -222,12 +222,15 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove files that no version needs: deltas, manifests, target vectors."""
+    """Give up old versions as `retention:` says, and remove files that no version needs."""
     done = perform("gc", {"older_than": hours * 3600, "dry": dry_run}, root)
     if as_json:
         return emit(done)
     for path in done["files"]:
         say(escape(path))
+    for model, numbers in done["versions"].items():
+        lost = ", ".join(map(str, numbers))
+        say(f"not restorable any more: {counted(len(numbers), 'version')} of {escape(model)} ({lost})")
     say(f"{len(done['files'])} files {'would be' if dry_run else ''} removed, {done['bytes'] / 1e6:.1f} MB")
     return None
 

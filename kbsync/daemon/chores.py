@@ -11,9 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import structlog
+
+from kbsync.garbage import collect
 from kbsync.reconcile import Reconciler
+from kbsync.versions.store import ORPHAN_AGE
 
 __all__ = ["CHORES", "Chore"]
+
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,4 +33,14 @@ class Chore:
     alone: bool = False
 
 
-CHORES: Sequence[Chore] = ()
+def _retain(reconciler: Reconciler) -> None:
+    """What `kbsync gc` does."""
+    done = collect(reconciler.workspace, reconciler.ledger, ORPHAN_AGE, user=reconciler.user)
+    if done["files"]:
+        log.info("garbage_collected", files=len(done["files"]), bytes=done["bytes"], dropped=len(done["dropped"]))
+
+
+CHORES: Sequence[Chore] = (
+    # Four times a day, so that it happens daily though the daemon is started anew each morning.
+    Chore("retention", timedelta(hours=6), _retain, alone=True),
+)

@@ -84,11 +84,17 @@ class Promotion(LedgerTable, table=True):
 
 
 class DroppedDelta(LedgerTable, table=True):
-    """A delta file that retention removed: the versions that need it are not restorable. Append-only."""
+    """A delta file that retention removed: the versions that need it are not restorable, until a later one is published
+    that names it again. Append-only."""
 
-    __table_args__ = (ForeignKeyConstraint(["model"], ["model.id"]), LedgerTable.__table_args__)
-    model: str = text(primary_key=True)
-    delta: str = text(primary_key=True)
+    __table_args__ = (
+        ForeignKeyConstraint(["model"], ["model.id"]),
+        Index("dropped_delta_of_model", "model", "delta"),
+        LedgerTable.__table_args__,
+    )
+    id: int | None = key()
+    model: str = text()
+    delta: str = text()
     size: int
     who: str = text()
     reason: str = text()

@@ -78,11 +78,6 @@ class VersionReader(Session):
         query = select(table.c.detail).where(table.c.action == RETIRE).order_by(table.c.id)
         return {detail["model"]: detail["version"] for detail in self._connection.scalars(query)}
 
-    def kept_versions(self, model: str) -> list[VersionRow]:
-        """The versions whose files have to be there: all but those given up, and HEAD in any case."""
-        given_up, head = self.retired().get(model, 0), self.head(model)
-        return [row for row in self.versions(model) if row.number > given_up or row.number in (0, head)]
-
     def _versions(self, *which: Any) -> list[VersionRow]:
         table, probe = schema.version, schema.probe_result
         newest = (

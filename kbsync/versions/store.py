@@ -139,11 +139,14 @@ class VersionStore:
             )
         return int(text)
 
-    def verify(self, records: Sequence[VersionRecord], *, head: int | None = None) -> list[Problem]:
+    def verify(
+        self, records: Sequence[VersionRecord], *, head: int | None = None, files: Collection[str] | None = None
+    ) -> list[Problem]:
         """Read every file again that the ledger's records name, and say what is wrong. `head`: the ledger's, if HEAD
-        is to be compared. Reads each delta once. Weights are compared by `kbsync.versions.weights`."""
+        is to be compared. `files`: of the deltas, those that have to be there (None: all). Reads each delta once.
+        Weights are compared by `kbsync.versions.weights`."""
         problems = [problem for record in records for problem in self._verify_manifest(record)]
-        problems += self._verify_deltas(records)
+        problems += self._verify_deltas(records, files)
         if head is not None:
             problems += self._verify_head(head)
         return problems
@@ -160,10 +163,10 @@ class VersionStore:
         if manifest.active != record.active:
             yield Problem(path, "its active deltas are not those of the ledger", versions)
 
-    def _verify_deltas(self, records: Sequence[VersionRecord]) -> Iterator[Problem]:
+    def _verify_deltas(self, records: Sequence[VersionRecord], files: Collection[str] | None) -> Iterator[Problem]:
         needed: dict[str, list[int]] = {}
         for record in records:
-            for sha256 in sorted(named(record.active)):
+            for sha256 in named(record.active) if files is None else named(record.active).intersection(files):
                 needed.setdefault(sha256, []).append(record.number)
         for sha256, versions in sorted(needed.items()):
             path = self.delta_path(sha256)

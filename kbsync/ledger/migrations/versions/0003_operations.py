@@ -111,6 +111,7 @@ def _versions() -> None:
     op.create_index("promotion_of_alias", "promotion", ["model", "alias", "id"])
     op.create_table(
         "dropped_delta",
+        sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("model", sa.Text(), nullable=False),
         sa.Column("delta", sa.Text(), nullable=False),
         sa.Column("size", sa.Integer(), nullable=False),
@@ -118,9 +119,10 @@ def _versions() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("at", UtcTime(), nullable=False),
         sa.ForeignKeyConstraint(["model"], ["model.id"], name="fk_dropped_delta_model"),
-        sa.PrimaryKeyConstraint("model", "delta", name="pk_dropped_delta"),
+        sa.PrimaryKeyConstraint("id", name="pk_dropped_delta"),
         sqlite_strict=True,
     )
+    op.create_index("dropped_delta_of_model", "dropped_delta", ["model", "delta"])
     op.create_table(
         "fact_check",
         sa.Column("id", sa.Integer(), nullable=False),
