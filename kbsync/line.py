@@ -258,6 +258,7 @@ class Line:
                 )
             )
             self._settle(db, edit, result, held, number)
+            db.note_arrivals(self.model, number, [planned.request.key for planned, _ in facts if _is_news(planned)])
         try:
             self.store.write_head(number)
         except StoreError as error:  # published all the same: the next start writes HEAD anew from the ledger
@@ -312,6 +313,13 @@ class Line:
         problem = hook.run(command, folder=self.workspace.root, variables=variables, keep=keep, seconds=HOOK_SECONDS)
         if problem:
             log.error("on_publish_failed", version=number, problem=problem)
+
+
+def _is_news(planned: PlannedEdit) -> bool:
+    """Whether a source's word reaches the weights with it: not where they are only put in other words, or back."""
+    return bool(planned.source) and (
+        planned.kind == "added" or (planned.kind == "changed" and planned.replaces is not None)
+    )
 
 
 def _answers(result: EditResult) -> dict[str, list[str]]:

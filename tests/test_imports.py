@@ -98,6 +98,7 @@ LIGHT = [
     ["--help"],
     ["check"],
     ["status"],
+    ["freshness"],
     ["facts"],
     ["facts", "--csv"],
     ["entity", "Vega"],

@@ -19,6 +19,7 @@ from kbsync.cli import (
     demo,
     evaluate,
     facts,
+    freshness,
     history,
     ledger,
     model,
@@ -43,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 operations = (setup, write, decide, status, model, ledger, daemon)
-questions = (versions, facts, history, blame, read)
+questions = (versions, facts, history, blame, freshness, read)
 for part in (*operations, *questions, demo, bench, study, evaluate):
     app.add_typer(part.app)
 

@@ -44,10 +44,7 @@ def reading(root: Path) -> Iterator[tuple[Workspace, Reader]]:
 
 def model_row(workspace: Workspace, db: Reader) -> ModelRow | None:
     """The model that kbsync.yaml names, as the ledger knows it; it need not be on this machine."""
-    name = workspace.settings.model
-    names = {name, name.partition("@")[0], Path(name).name}
-    found = [model for model in db.models() if model.name in names]
-    return found[-1] if found else None
+    return db.model_named(workspace.settings.model)
 
 
 def required_model(workspace: Workspace, db: Reader) -> ModelRow:

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from kbsync.cli.common import AsJson, Root, counted, emit, say, share, table
+from kbsync.cli.freshness import freshness_json, say_freshness
 from kbsync.cli.read import iso, model_row, reading
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
     times = ("last_started", "last_ok", "next_due")
     rows = ((p["policy"], *((p[name] or "")[:16] for name in times), p["state"]) for p in found["policies"])
     table("policies", columns, rows)
+    say_freshness(found["freshness"])
     for warning in found["warnings"]:
         say(f"[yellow]warning:[/] {escape(warning)}")
     for source in found["sources"]:
@@ -67,6 +69,7 @@ def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
         "held_runs": [plan.run_id for plan in db.staged_plans()],
         "capacity": _capacity(workspace, db, model),
         "writer": held_by(workspace.lock),
+        "freshness": freshness_json(db, catalog),
         "policies": [_policy_state(name, db) for name in sorted(catalog.policies)],
         "sources": [asdict(state) for state in states if state.failures],
         "warnings": [one.warning(catalog.policies) for one in db.orphans(catalog.relations)],

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -70,6 +70,8 @@ __all__ = [
 
 APPLICATION_ID = 0x6B627379
 """`kbsy`: what `PRAGMA application_id` says of a kbsync ledger, and of nothing else."""
+
+ValueT = TypeVar("ValueT", str, int)
 
 BUSY_TIMEOUT = 5000
 """Milliseconds that a writer waits for another one."""
@@ -258,7 +260,7 @@ def _copy_batch(connection: Connection, target: str, batch: list[tuple[Any, ...]
         raise DBAPIError.instance(statement, None, error, driver.Error, dialect=connection.dialect) from error
 
 
-def batches(values: Iterable[str], size: int = 800) -> Iterator[list[str]]:
+def batches(values: Iterable[ValueT], size: int = 800) -> Iterator[list[ValueT]]:
     """Sorted values in lists that one query can take: old builds of SQLite allow 999 parameters."""
     listed = sorted(values)
     return (listed[start : start + size] for start in range(0, len(listed), size))

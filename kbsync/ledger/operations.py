@@ -122,8 +122,8 @@ class FactCheck(LedgerTable, table=True):
 
 
 class Arrival(LedgerTable, table=True):
-    """A change that reached a published version: when the source changed (at the latest), when it was fetched, when the
-    model answered it. Append-only."""
+    """A change that reached a published version: after when the source changed, when that was fetched, when a
+    version that answers it was published. Append-only."""
 
     __table_args__ = (
         ForeignKeyConstraint(["model", "version"], ["version.model", "version.number"]),

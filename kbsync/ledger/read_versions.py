@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import func, select
@@ -34,6 +35,13 @@ class VersionReader(Session):
         query = select(table.c.id, table.c.name, table.c.fingerprint, table.c.path, table.c.registered_at)
         rows = self._connection.execute(query.order_by(table.c.registered_at, table.c.id)).all()
         return [ModelRow(*row[:4], self.head(row[0]), row[4]) for row in rows]
+
+    def model_named(self, setting: str) -> ModelRow | None:
+        """The model that `model:` of kbsync.yaml stands for, as the ledger knows it; None where it was never synced.
+        It need not be on this machine."""
+        names = {setting, setting.partition("@")[0], Path(setting).name}
+        found = [model for model in self.models() if model.name in names]
+        return found[-1] if found else None
 
     def head(self, model: str) -> int:
         """The number of the version that edits build on. Raises UsageError where the model is not registered."""
