@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from dataclasses import dataclass
 from datetime import datetime, time
 from importlib import resources
@@ -317,7 +318,11 @@ class Workspace:
 
     def warnings(self) -> list[str]:
         """What is allowed but unwise in kbsync.yaml, one line each."""
-        found = []
+        found = [
+            f"{path}: everybody may write there, and so decide what is run and published: chmod o-w {path}"
+            for path in (self.root, self.root / CONFIG, self.sources, self.policies, self.data)
+            if path.exists() and path.stat().st_mode & stat.S_IWOTH
+        ]
         ledger = self.settings.ledger
         if ledger is not None and holds_password(ledger.get_secret_value()):
             found.append(f"{self.root / CONFIG}: ledger: holds a password; write ${{NAME}} or file:PATH instead")

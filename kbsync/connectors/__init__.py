@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, BinaryIO, ClassVar, Protocol, cast, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -99,14 +99,18 @@ class Place:
             raise ValueError(f"{location} is outside the folders that sources may read (allowed_dirs in kbsync.yaml)")
         return found
 
+    def open(self, location: str) -> BinaryIO:
+        """A file, open for reading. Raises ValueError where it lies elsewhere or is no regular file (a pipe would be
+        waited for); OSError where it cannot be read."""
+        handle = _open_plain(self.path(location))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise ValueError(f"{location}: is not a regular file")
+        return os.fdopen(handle, "rb")
+
     def read(self, location: str, max_bytes: int) -> bytes:
-        """All bytes of a file. Raises ValueError where it lies elsewhere, is no regular file (a pipe would be waited
-        for) or is larger; OSError where it cannot be read."""
-        # The path is resolved: a link at its end was put there since. Non-blocking: opening a FIFO would wait.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-        with os.fdopen(os.open(self.path(location), flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{location} is not a regular file")
+        """All bytes of a file. Raises ValueError also where it is larger than `max_bytes`."""
+        with self.open(location) as file:
             body = file.read(max_bytes + 1)
         if len(body) > max_bytes:
             raise ValueError(f"{location} is larger than {max_bytes:,} bytes")
@@ -120,6 +124,23 @@ class Place:
             raise ValueError(f"{location} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{location} is not UTF-8") from error
+
+
+def _open_plain(path: Path) -> int:
+    """Open a resolved path, folder by folder: what is a link on it by now was put there since it was judged.
+
+    Non-blocking, as opening a pipe would wait. Raises OSError.
+    """
+    folder = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    handle = os.open(path.anchor, folder)
+    try:
+        for part in path.parts[1:-1]:
+            inside = os.open(part, folder, dir_fd=handle)
+            os.close(handle)
+            handle = inside
+        return os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)
+    finally:
+        os.close(handle)
 
 
 class ConnectorType(Protocol):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -185,11 +184,8 @@ class Location:
         name, location = self.source, self.location
         try:
             path = self.place.path(location)
-            # The path is resolved: a link at its end was put there since. Non-blocking: opening a FIFO would wait.
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            with self.place.open(location) as file:
                 before = os.fstat(file.fileno())
-                if not stat.S_ISREG(before.st_mode):
-                    raise SourceInvalid(name, f"{location}: is not a regular file")
                 body = file.read(self.options.max_bytes + 1)
                 after = os.fstat(file.fileno())
         except ValueError as error:

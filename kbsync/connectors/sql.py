@@ -30,6 +30,7 @@ from datetime import UTC, date, datetime
 from datetime import time as clock_time
 from decimal import Decimal
 from functools import partial
+from ipaddress import ip_address
 from typing import Annotated, Any
 from urllib.parse import quote
 from uuid import UUID
@@ -42,6 +43,7 @@ from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, Ope
 from kbsync.connectors import Place
 from kbsync.connectors.columns import Reader
 from kbsync.connectors.feed import Mapped, RowOptions
+from kbsync.connectors.network import is_allowed
 from kbsync.connectors.rows import snapshot_of
 from kbsync.connectors.table import BadTable, missing_columns
 from kbsync.connectors.text import printable
@@ -188,6 +190,8 @@ class SqlConnector:
         """
         try:
             url = self._url()
+            for host in _hosts(url):
+                _refuse_address(host)
             body = self._ask(url)
             rows = Mapped(self._source, self._options, Answer(body, self._options.wanted()), place="row")
         except ValueError as error:
@@ -285,6 +289,26 @@ class SqlConnector:
             hint = f"see `url` and `query` in sources/{name}.yaml"
             kind = SourceUnavailable if _may_end(error, dialect, detail) else SourceInvalid
             raise kind(name, f"{place}: {detail}", hint=hint) from None
+
+
+def _hosts(url: URL) -> Iterator[str]:
+    """The hosts that a URL leads to; a path is a socket of this machine."""
+    named = [url.host or "", *(value for key in ("host", "hostaddr") for value in url.normalized_query.get(key, ()))]
+    for host in (part for text in named for part in text.split(",")):
+        if host and not host.startswith(("/", "@")):
+            yield host.strip("[]")
+
+
+def _refuse_address(host: str) -> None:
+    """Raise ValueError where a host is at an address at which no database is: a link-local one, or a cloud's metadata
+    service. Private networks are where databases are, and this machine, too."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        return  # the driver says so, in its words
+    for address in found:
+        if not (ip_address(address).is_loopback or is_allowed(address, private_network=True)):
+            raise ValueError(f"{host}: its address {address} is no database's")
 
 
 @contextmanager

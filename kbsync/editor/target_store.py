@@ -57,7 +57,7 @@ class TargetStore:
             "clamped": str(target.clamped),
             "diverged": str(target.diverged),
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         write_durably(self.path(request), save({"z": target.z.contiguous()}, metadata=meta))
 
 

@@ -157,7 +157,7 @@ def _ensure_file(file: Path, *, create: bool) -> None:
     if not create:
         raise LedgerError(f"{file}: no ledger here", hint="kbsync init")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
     except OSError as error:
         raise LedgerError(f"{file}: {error.strerror}", hint="choose a folder that can be written to") from error
