@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import structlog
 
 from kbsync.references import hidden
+from kbsync.terminal import tame
 
 __all__ = ["configure", "redact"]
 
@@ -78,7 +79,8 @@ def configure(*, level: str = "info", stream: TextIO | None = None, as_json: boo
 
 
 def redact(_logger: object, _method: str, event: Event) -> Event:
-    """A structlog processor: hide the values of secret-looking keys and credentials inside texts, at any depth.
+    """A structlog processor: hide the values of secret-looking keys and credentials inside texts, at any depth; write
+    out what a terminal would obey.
 
     What is neither a number, a text nor a container becomes text.
     """
@@ -99,4 +101,4 @@ def _redacted(key: object, value: Any) -> Any:
     text = repr(value) if isinstance(value, BaseException) else str(value)
     for pattern, replacement in _HIDE:
         text = pattern.sub(replacement, text)
-    return hidden(text)
+    return tame(hidden(text))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from kbsync.cli import (
@@ -30,6 +29,7 @@ from kbsync.cli import (
     versions,
     write,
 )
+from kbsync.cli.common import TameConsole
 from kbsync.errors import KbsyncError
 from kbsync.log import configure
 from kbsync.references import hidden
@@ -62,7 +62,7 @@ def main() -> None:
 
 def fail(error: KbsyncError) -> None:
     """Say what went wrong in one line, what to do in the next, and end with the error's exit code."""
-    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr = TameConsole(stderr=True, highlight=False, soft_wrap=True)
     stderr.print(f"[red]error:[/] {escape(hidden(error.message))}")
     if error.hint:
         stderr.print(f"[bold]hint:[/] {escape(hidden(error.hint))}")

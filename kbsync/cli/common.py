@@ -19,8 +19,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from kbsync.progress import Progress, silent
+from kbsync.terminal import tame
 
 if TYPE_CHECKING:
     from kbsync.config import Workspace
@@ -30,6 +32,7 @@ __all__ = [
     "MEASURED",
     "AsJson",
     "Root",
+    "TameConsole",
     "bars",
     "console",
     "counted",
@@ -69,13 +72,19 @@ def _reader_gone() -> NoReturn:
     raise SystemExit(141)
 
 
-class _Console(Console):
+class TameConsole(Console):
+    """A console for what others wrote."""
+
     def on_broken_pipe(self) -> None:
         """Rich would end with 1."""
         _reader_gone()
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Whatever is printed comes by here, cells of tables too: nothing in it is an order to the terminal."""
+        return super().render_str(tame(text), **options)
 
-console = _Console(highlight=False, soft_wrap=True)
+
+console = TameConsole(highlight=False, soft_wrap=True)
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -109,7 +118,7 @@ def say(text: str = "") -> None:
 def emit(value: object) -> None:
     """One JSON document on stdout: what `--json` prints, sorted keys, UTF-8."""
     with printing() as out:
-        out.write(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_plain) + "\n")
+        out.write(tame(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=_plain)) + "\n")
 
 
 def _plain(value: object) -> str:
