@@ -80,20 +80,6 @@ def test_only_commands_daemon_and_cli_know_the_order_of_a_pass() -> None:
     assert guilty == []
 
 
-def test_nothing_unpickles_or_runs_remote_code() -> None:
-    for name, path in MODULES.items():
-        text = path.read_text(encoding="utf-8")
-        for banned in (
-            "import pickle",
-            "torch.load(",
-            "torch.save(",
-            "trust_remote_code=True",
-            "yaml.load(",
-            "SQLAlchemyJobStore",
-        ):
-            assert banned not in text, f"{name} has {banned}"
-
-
 LIGHT = [
     ["--help"],
     ["check"],
