@@ -7,12 +7,14 @@ What each version was to do is kept in the ledger's `plan` table: the link from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from kbsync.edit import Edit, Outcome
+from kbsync.edit import Edit, Outcome, Tried
 from kbsync.editor.job import ControlFile
 from kbsync.errors import GateRejected, Inseparable
+from kbsync.facts import Applied, FactKey
 from kbsync.gate import shortfalls
 from kbsync.ledger import Ledger
 from kbsync.ledger.read_versions import REBASE
@@ -23,6 +25,7 @@ from kbsync.plan_document import document_of
 from kbsync.planning import plan_now
 from kbsync.policy import Inverse, Policy, Relation
 from kbsync.report import Report
+from kbsync.sift import sift
 
 __all__ = ["Carrier", "skips_known"]
 
@@ -42,20 +45,30 @@ class Carrier:
         return plan_now(db, self.policy, self.line.model)
 
     def carry_out(self, report: Report) -> None:
-        """Versions until nothing is left to do. Raises GateRejected, and what editing raises."""
+        """Versions until nothing is left to do. Raises GateRejected where the gate lets none through, and what editing
+        raises.
+
+        What a search for the facts to blame leaves undecided is tried again by the next pass, not by this one: each
+        search takes out of the plan what it accepts and what it holds, or ends the run, so that none goes on for ever.
+        """
         done: set[str] = set()
         plan = report.plan
         while plan is not None and not plan.empty and plan.digest not in done:
             done.add(plan.digest)
             outcome = self._next_version(plan, report)
             report.probe = outcome.result.probe
+            report.notes += _unasked(outcome.result.probe)
             report.counts["failed"] = report.counts.get("failed", 0) + len(outcome.held)
             for phase, seconds in outcome.result.seconds.items():
                 report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
             if outcome.version is not None:
                 report.versions.append(outcome.version)
+            if report.searches and report.searches[-1]["undecided"]:
+                break
             with self.ledger.read() as db:
                 plan = self.plan(db)
+        if report.searches and not report.versions:
+            raise self._refused([reason for search in report.searches for reason in search["rejected"]], report)
 
     def _next_version(self, plan: Plan, report: Report) -> Outcome:
         """As a rebase with the whole plan in it, where one is due, else of at most `batch.max_facts` facts on the live
@@ -90,9 +103,23 @@ class Carrier:
                 "plan, the settings or HEAD change",
                 hint="kbsync runs",
             )
-        wording = policy.wording()
+        self._note_plan(batch, report)
         anew = report.rebase is not None
-        edit = Edit(
+        edit = self._edit_of(batch, applied, forgotten, report)
+        if anew:
+            return line.make(edit, self.judge)
+        first = line.try_out(edit, lambda probe, _: shortfalls(probe, policy.gate))
+        if not first.rejected or not policy.gate.trials or len(set(first.result.columns)) < 2:
+            return line.settle(first)
+        return self._sift(batch, first, lambda part: self._edit_of(part, applied, forgotten, report), report)
+
+    def _edit_of(
+        self, batch: Plan, applied: Mapping[FactKey, Applied], forgotten: Collection[str], report: Report
+    ) -> Edit:
+        """The edit that carries a batch out on its HEAD, which holds the facts `applied`."""
+        policy, anew = self.policy, report.rebase is not None
+        wording = policy.wording()
+        return Edit(
             kind="rebase" if anew else "edit",
             run_id=report.run_id or 0,
             keep={key: fact for key, fact in applied.items() if key not in batch.leaving},
@@ -105,21 +132,48 @@ class Carrier:
             controls=self.controls(None if anew else [policy]),
             reason=f"sync {policy.policy}" + (f", a rebase: {report.rebase}" if anew else ""),
         )
-        document = document_of(batch, policy.policy, rebase=report.rebase).model_dump(mode="json")
+
+    def _note_plan(self, batch: Plan, report: Report) -> None:
+        document = document_of(batch, self.policy.policy, rebase=report.rebase).model_dump(mode="json")
         with self.ledger.write() as db:
-            db.note_plan(edit.run_id, line.model, batch.head, batch.digest, document)
-        return line.make(edit, self.judge if anew else lambda probe, _: shortfalls(probe, policy.gate))
+            db.note_plan(report.run_id or 0, self.line.model, batch.head, batch.digest, document)
+
+    def _sift(self, batch: Plan, first: Tried, edit_of: Callable[[Plan], Edit], report: Report) -> Outcome:
+        """Search a rejected batch for the facts to blame, hold them, publish the rest. The outcome is rejected where
+        that leaves all as it was."""
+        gate = self.policy.gate
+        found = sift(
+            self.line,
+            batch,
+            first,
+            judge=lambda probe: shortfalls(probe, gate),
+            edit_of=edit_of,
+            trials=gate.trials,
+        )
+        with self.ledger.write() as db:
+            for probe in found.reports():
+                db.note_probe(self.line.model, None, probe, run_id=report.run_id)
+        outcome = found.publish()
+        if outcome.version is None and not outcome.held:
+            report.notes.append(found.nothing)
+            return replace(outcome, held=first.held, rejected=first.rejected)
+        self._note_plan(found.rest, report)
+        self._note_rejected(batch.digest, batch.head, Outcome(first.result, None, (), first.rejected), report)
+        report.searches.append(found.to_json(outcome))
+        return outcome
 
     def _accepted(self, batch: Plan, outcome: Outcome, report: Report) -> Outcome:
         """The outcome, unless the gate rejected it: then that is noted and GateRejected raised."""
-        policy = self.policy
         if outcome.rejected:
             self._note_rejected(batch.digest, batch.head, outcome, report)
-            raise GateRejected(
-                f"policy {policy.policy}: the gate rejected the version: {'; '.join(outcome.rejected)}",
-                hint=f"kbsync runs --json shows the probe report of run {report.run_id}",
-            )
+            raise self._refused(outcome.rejected, report)
         return outcome
+
+    def _refused(self, reasons: Sequence[str], report: Report) -> GateRejected:
+        return GateRejected(
+            f"policy {self.policy.policy}: the gate rejected the version: {'; '.join(reasons)}",
+            hint=f"kbsync holds says what is held and why, kbsync runs --json has the reports of run {report.run_id}",
+        )
 
     def _note_rejected(self, digest: str, head: int, outcome: Outcome, report: Report) -> None:
         line, reason = self.line, "; ".join(outcome.rejected)
@@ -128,6 +182,12 @@ class Carrier:
             for hold in outcome.held:
                 db.hold(line.model, hold, run_id=report.run_id)
             db.note_probe(line.model, None, dict(outcome.result.probe), run_id=report.run_id)
+
+
+def _unasked(probe: Mapping[str, Any]) -> list[str]:
+    """A note where paraphrases could not be asked."""
+    count = sum(fact.get("unasked", 0) for fact in probe.get("facts", ()))
+    return [f"paraphrases that were not asked, being longer than the model reads: {count}"] if count else []
 
 
 def skips_known(words: Relation | Inverse) -> bool:

@@ -12,11 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kbsync.editor.job import ControlFile, EditResult
-from kbsync.facts import Applied, FactKey, Hold
+from kbsync.facts import Applied, FactKey, Hold, HoldReason
 from kbsync.plan import PlannedEdit
 from kbsync.versions.manifest import ActiveDelta
 
-__all__ = ["Edit", "Outcome", "anew", "columns", "held_facts", "new_facts", "staying_facts", "superseded"]
+__all__ = [
+    "Edit",
+    "Outcome",
+    "Tried",
+    "anew",
+    "columns",
+    "held_facts",
+    "hold_out",
+    "new_facts",
+    "staying_facts",
+    "superseded",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +56,24 @@ class Outcome:
     version: int | None
     held: tuple[Hold, ...] = ()
     rejected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """An edit that was made on version `head` and judged, and is not published.
+
+    `facts`: what got a column; `staying`: what the weights hold for the keys of facts that did not; `held`: those that
+    failed. `same`: the weights are those of `head`.
+    """
+
+    edit: Edit
+    result: EditResult
+    head: int
+    facts: Sequence[tuple[PlannedEdit, Applied]]
+    staying: Mapping[FactKey, Applied]
+    held: tuple[Hold, ...] = ()
+    rejected: tuple[str, ...] = ()
+    same: bool = False
 
 
 def columns(active: Sequence[ActiveDelta], live: Collection[Applied]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -118,14 +147,24 @@ def held_facts(
     evidence = {failed.digest: failed.evidence for failed in result.failed}
     standing = {key: hold for key, hold in holds.items() if key not in edit.releases}
     standing |= {hold.key: hold for hold in edit.holds}
-    held = []
-    for planned in edit.edits:
-        key, said = planned.request.key, evidence.get(planned.request.digest)
-        if said is None:
-            continue
-        frozen, before = staying.get(key), standing.get(key)
-        if before is None:
-            held.append(Hold(key, frozen, planned.object_id, "probe", said))
-        else:
-            held.append(replace(before, frozen=frozen, evidence=f"{before.evidence}; {said}"))
-    return tuple(held)
+    return tuple(
+        hold_out(planned, "probe", said, staying, standing)
+        for planned in edit.edits
+        if (said := evidence.get(planned.request.digest)) is not None
+    )
+
+
+def hold_out(
+    planned: PlannedEdit,
+    reason: HoldReason,
+    evidence: str,
+    staying: Mapping[FactKey, Applied],
+    standing: Mapping[FactKey, Hold],
+) -> Hold:
+    """The hold that keeps an edit out of the weights, frozen at what they hold instead (`staying`). A key that is held
+    already (`standing`) stays held against the same object and for the same reason."""
+    key = planned.request.key
+    frozen, before = staying.get(key), standing.get(key)
+    if before is None:
+        return Hold(key, frozen, planned.object_id, reason, evidence)
+    return replace(before, frozen=frozen, evidence=f"{before.evidence}; {evidence}")

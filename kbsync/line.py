@@ -19,7 +19,7 @@ import structlog
 from kbsync import hook
 from kbsync.child import run_edit
 from kbsync.config import Workspace
-from kbsync.edit import Edit, Outcome, anew, columns, held_facts, new_facts, staying_facts, superseded
+from kbsync.edit import Edit, Outcome, Tried, anew, columns, held_facts, new_facts, staying_facts, superseded
 from kbsync.editor.job import EditJob, EditResult
 from kbsync.editor.preset import Preset
 from kbsync.errors import Cancelled, StoreError
@@ -65,6 +65,8 @@ class Line:
     run_edit: Callable[..., EditResult] = run_edit
     watched: Callable[[Reader], Sequence[EditRequest]] = lambda _db: ()
     """The requests without an edit because the base answers them: each version is asked, too."""
+    gates: Mapping[str, Any] = field(default_factory=dict)
+    """What each policy's gate asks of a version, as JSON values."""
 
     @classmethod
     def open(cls, workspace: Workspace, ledger: Ledger, *, user: str) -> Line:
@@ -84,7 +86,7 @@ class Line:
     @property
     def settings_digest(self) -> str:
         """sha256 of what a version depends on beside its facts: a rejected plan may be tried again once it changes."""
-        return digest_of([self.preset.digest, self.strategy.model_dump(mode="json")])
+        return digest_of([self.preset.digest, self.strategy.model_dump(mode="json"), self.gates])
 
     @property
     def strategy(self) -> Strategy:
@@ -122,9 +124,16 @@ class Line:
     def make(self, edit: Edit, judge: Judge | None) -> Outcome:
         """Edit in a child process, put the probe report before the judge (None: all passes), publish.
 
-        Raises Cancelled where HEAD moved meanwhile or the edit was cancelled, and the child's errors; then nothing is
-        published. A version that falls short of the gate is not published either: `rejected` says why; nor is a rebase
-        that loses more of the facts that HEAD answers than `strategy.min_retention` allows.
+        Raises what `try_out` and `settle` raise; then nothing is published. A version that falls short of the gate is
+        not published either: `rejected` says why.
+        """
+        return self.settle(self.try_out(edit, judge))
+
+    def try_out(self, edit: Edit, judge: Judge | None) -> Tried:
+        """Edit in a child process and put the probe report before the judge (None: all passes). Nothing is published.
+
+        A rebase also falls short where it loses more of the facts that HEAD answers than `strategy.min_retention`
+        allows. Raises Cancelled where the edit was cancelled, and the child's errors.
         """
         with self.ledger.read() as db:
             head = db.head(self.model)
@@ -138,18 +147,27 @@ class Line:
         facts = new_facts(edit, result)
         inserted = {fact.request.key: fact for _, fact in facts}
         staying = inserted if edit.kind == "rebase" else staying_facts(applied, result.active)
-        held = held_facts(edit, result, staying, holds)
         reasons = self._losses(edit, result) if edit.kind == "rebase" else []
-        if not reasons and result.weights_sha256 == (row.weights_sha256 or result.base_weights_sha256):
-            self._note(edit, result, held, head)
-            return Outcome(result, None, held)
-        if judge is not None:
+        same = not reasons and result.weights_sha256 == (row.weights_sha256 or result.base_weights_sha256)
+        if judge is not None and not same:
             reasons += judge(result.probe, [planned.request for planned, _ in facts])
         if reasons:
-            kept_out = () if edit.kind == "rebase" else held_facts(edit, result, applied, holds)
-            return Outcome(result, None, kept_out, tuple(reasons))
-        number = self._publish(edit, result, held, facts, head)
-        return Outcome(result, number, held)
+            staying = {} if edit.kind == "rebase" else applied
+        held = () if reasons and edit.kind == "rebase" else held_facts(edit, result, staying, holds)
+        return Tried(edit, result, head, facts, staying, held, tuple(reasons), same)
+
+    def settle(self, tried: Tried) -> Outcome:
+        """Publish what was tried, or only record what was learned where the weights stay as they are.
+
+        Raises Cancelled where HEAD moved meanwhile, StoreError where the disk refuses.
+        """
+        edit, result, held = tried.edit, tried.result, tried.held
+        if tried.rejected:
+            return Outcome(result, None, held, tried.rejected)
+        if tried.same:
+            self._note(edit, result, held, tried.head)
+            return Outcome(result, None, held)
+        return Outcome(result, self._publish(edit, result, held, tried.facts, tried.head), held)
 
     def _losses(self, edit: Edit, result: EditResult) -> list[str]:
         """Why a rebase loses too much: of the live facts that HEAD answers, or, on another base, of all that it takes

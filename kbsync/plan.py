@@ -125,12 +125,17 @@ class Plan:
         )
 
     def take(self, facts: int) -> Plan:
-        """The part that one version takes: every retraction and the first `facts` edits; the rest is planned again.
+        """The part that one version takes: every retraction and the first `facts` edits; the rest is planned again."""
+        return self.only({edit.request.key for edit in self.edits[:facts]})
 
-        What a later edit is to replace is retracted at once where it would contradict one of these edits, so that each
+    def only(self, keys: Collection[FactKey]) -> Plan:
+        """The part with every retraction and the edits of `keys`.
+
+        What another edit is to replace is retracted at once where it would contradict one of these edits, so that each
         version on the way, too, has one target per prompt.
         """
-        taken, later = self.edits[:facts], self.edits[facts:]
+        taken = tuple(edit for edit in self.edits if edit.request.key in keys)
+        later = [edit for edit in self.edits if edit.request.key not in keys]
         targets = {edit.request.prompt: edit.request.target for edit in taken}
         in_the_way = [
             Retraction(edit.request.key, old)

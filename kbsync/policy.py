@@ -198,6 +198,8 @@ class Gate(_Strict):
     specificity_drop: Share = 0.2
     drift: Annotated[float, Field(ge=0)] = 0.1
     """Mean per-token KL(base‖edited) in nats."""
+    trials: Annotated[int, Field(ge=0)] = 20
+    """How many parts of a rejected batch are tried in search of the facts to blame; 0: it is rejected whole."""
 
 
 class Policy(_Strict):

@@ -102,6 +102,8 @@ class Reconciler:
         line = Line.open(workspace or self.workspace, self.ledger, user=self.user)
         line.progress, line.cancelled, line.run_edit = self.progress, self.cancelled, self.run_edit
         line.watched = lambda db: self._watched(db, line)
+        policies = self.catalog.policies.values()
+        line.gates = {policy.policy: policy.gate.model_dump(mode="json") for policy in policies}
         return line
 
     def judge(self, probe: Mapping[str, Any], requests: Sequence[EditRequest]) -> list[str]:

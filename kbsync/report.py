@@ -30,6 +30,8 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     reasons: Sequence[str] = ()
     versions: list[int] = field(default_factory=list)
+    searches: list[dict[str, Any]] = field(default_factory=list)
+    """Of each batch that the gate rejected at first: why, how many of its parts were tried, which facts are held."""
     probe: Mapping[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -54,6 +56,7 @@ class Report:
             "counts": self.counts,
             "reasons": list(self.reasons),
             "versions": self.versions,
+            "searches": self.searches,
             "probe": self.probe,
             "seconds": self.seconds,
             "problems": [problem.to_json() for problem in self.problems],

@@ -33,7 +33,11 @@ class StandIn:
 
     failing: set[str] = field(default_factory=set)
     drift: float = 0.0
+    drifts: dict[str, float] = field(default_factory=dict)
+    """Target -> what a live fact with it adds to the drift of the version."""
     dies: bool = False
+    shape: tuple[int, int] = (4, 9)
+    """Of the edited matrix: a delta of many facts is stored whole where that is smaller."""
     edits: int = 0
 
     def __call__(
@@ -60,7 +64,7 @@ class StandIn:
             columns=tuple(request.digest for request in learned),
             failed=tuple(FailedFact(digest=request.digest, evidence="not learned") for request in failed),
             known=dict.fromkeys(job.skip_known, False),
-            probe=_probe(learned, self.drift),
+            probe=_probe(learned, self.drift + self._drift(job, learned)),
             numerics={"capacity": {}},
             seconds={"targets": 0.0},
             libraries={},
@@ -76,9 +80,14 @@ class StandIn:
                     seen.add(one.digest)
                     yield one
 
+    def _drift(self, job: EditJob, learned: list[EditRequest]) -> float:
+        """What the facts of the version add, those that stay (`retained`) and those that are new."""
+        return sum(self.drifts.get(request.target, 0.0) for request in (*job.retained_requests(), *learned))
+
     def _write(self, job: EditJob, learned: list[EditRequest]) -> str:
+        (d, f) = self.shape
         seed = int(digest_of([job.live, [request.digest for request in learned]])[:12], 16)
-        return write_delta(Path(job.deltas), Delta({MODULE: random_factors(len(learned), d=4, f=9, seed=seed)}))
+        return write_delta(Path(job.deltas), Delta({MODULE: random_factors(len(learned), d=d, f=f, seed=seed)}))
 
     def _active(self, job: EditJob, delta: str | None, learned: list[EditRequest]) -> tuple[ActiveDelta, ...]:
         if delta is None and job.same is not None and not job.supersedes:

@@ -52,7 +52,16 @@ def test_the_shared_words_import_nothing_of_ours(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["kbsync.weigh", "kbsync.resolve", "kbsync.plan", "kbsync.plan_document", "kbsync.gate", "kbsync.strategy"]
+    "name",
+    [
+        "kbsync.weigh",
+        "kbsync.resolve",
+        "kbsync.plan",
+        "kbsync.plan_document",
+        "kbsync.gate",
+        "kbsync.culprits",
+        "kbsync.strategy",
+    ],
 )
 def test_decisions_import_only_words_and_policies(name: str) -> None:
     ours = {module for module in imported(MODULES[name], top_level=False) if module in MODULES}

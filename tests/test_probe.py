@@ -245,3 +245,15 @@ def test_the_embedded_model_knows_many_controls(smollm2: Base) -> None:
     with torch.no_grad():
         paris = log_probabilities(smollm2, [("The capital of France is the city of", "Paris")])[0]
     assert paris.probability > 0.2
+
+
+def test_a_paraphrase_longer_than_the_model_reads_is_not_asked_and_counted() -> None:
+    """It is no part of the share; the edit goes on."""
+    base = tiny_llama()
+    long = "the people of the city " * 100 + "Vega is in"
+    fact = request("Where is Vega", "Orion", long, "Vega is in")
+    report = probe(base, {}, [fact], controls=NO_CONTROLS, holdout=torch.empty(0, 0, dtype=torch.long))
+    [found] = report.facts
+    assert (found.paraphrases, found.unasked) == (1, 1)
+    assert report.paraphrase == found.hits
+    assert ProbeReport.from_json(report.to_json()) == report

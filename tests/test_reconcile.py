@@ -297,7 +297,7 @@ def test_facts_that_the_weights_do_not_take_are_held_and_the_rest_is_published(m
 
 def test_a_version_that_misses_the_gate_is_not_published_nor_tried_again(made: TestWorkspace) -> None:
     policy = made.root / "policies" / "sky.yaml"
-    policy.write_text(policy.read_text().replace("drift: 1000", "drift: 0"))
+    policy.write_text(policy.read_text().replace("drift: 1000", "drift: 0, trials: 0"))
     report = sync(made)
     assert (report.status, report.exit_code, report.versions) == ("rejected", 4, [])
     assert isinstance(report.problems[0], GateRejected)

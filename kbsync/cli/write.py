@@ -320,6 +320,8 @@ def say_report(report: dict[str, Any]) -> None:
         _say_plan(report["plan"], report["rebase"])
     for note in report["notes"]:
         say(f"  [yellow]{escape(note)}[/]")
+    for search in report["searches"]:
+        _say_search(search)
     for number in report["versions"]:
         say(f"  version [bold]{number}[/] published")
     if report["probe"]:
@@ -330,6 +332,16 @@ def say_report(report: dict[str, Any]) -> None:
         say(f"  [red]{escape(problem['message'])}[/]")
         if problem["hint"]:
             say(f"  hint: {escape(problem['hint'])}")
+
+
+def _say_search(search: dict[str, Any]) -> None:
+    """How a batch that the gate rejected was searched for the facts to blame, for a person."""
+    say(f"  [yellow]rejected at first:[/] {escape('; '.join(search['rejected']))}")
+    tried, fine = counted(search["trials"], "trial"), counted(search["accepted"], "fact")
+    say(f"  {tried}: {fine} published, {len(search['held'])} held, {search['undecided']} left for the next pass")
+    for row in search["held"]:
+        say(f"    [yellow]held[/]        {escape(row['prompt'])} [bold]{escape(row['target'])}[/]")
+        say(f"                {escape(row['reason'])}: {escape(row['evidence'])}")
 
 
 SHOWN_EDITS = 20

@@ -32,6 +32,7 @@ __all__ = [
     "final_states",
     "log_probabilities",
     "logit_chunks",
+    "readable",
     "tokenized",
 ]
 
@@ -165,6 +166,12 @@ def tokenized(base: Base, texts: Sequence[str]) -> list[tuple[tuple[int, ...], l
             ends.pop()
         found.append((tuple(ids[: len(ends)]), ends))
     return found
+
+
+def readable(base: Base, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the model reads each prompt together with its continuation: they are not longer than its context."""
+    texts = [_written(prompt, continuation) for prompt, continuation in pairs]
+    return [len(ids) <= base.max_tokens for ids, _ in tokenized(base, texts)] if texts else []
 
 
 def _queries(base: Base, pairs: Sequence[tuple[str, str]]) -> list[_Query]:

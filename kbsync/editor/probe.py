@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kbsync.editor.answers import Scored, answers, log_probabilities
+from kbsync.editor.answers import Scored, answers, log_probabilities, readable
 from kbsync.editor.controls import NO_CONTROLS, Controls, shipped_controls, subject_controls
 from kbsync.editor.drift import Gauge, HeldOut
 from kbsync.editor.model import Base, weights_in
@@ -29,6 +29,7 @@ __all__ = [
     "FactProbe",
     "ProbeReport",
     "probe",
+    "readable_paraphrases",
     "shipped_controls",
     "subject_controls",
     "weights_in",
@@ -42,8 +43,8 @@ CONTROL_TOKENS = 4
 @dataclass(frozen=True, slots=True)
 class FactProbe:
     """One fact on the edited weights. `efficacy`: the greedy continuation of the prompt starts with the object;
-    `hits` of `paraphrases` wordings do the same; `answer` is what the model says, `probability` is that of the whole
-    object after the prompt."""
+    `hits` of `paraphrases` wordings do the same (`unasked` others are longer than the model reads); `answer` is what
+    the model says, `probability` is that of the whole object after the prompt."""
 
     digest: str
     efficacy: bool
@@ -51,6 +52,7 @@ class FactProbe:
     paraphrases: int
     answer: str
     probability: float
+    unasked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +146,15 @@ def _controls(base: Base, controls: Controls, progress: Progress) -> list[str]:
 def _facts(base: Base, requests: Sequence[EditRequest], progress: Progress) -> list[FactProbe]:
     """Each request on the weights that `base` holds. Only a fact that failed needs its answer generated: the greedy
     continuation of the others starts with the object."""
-    pairs = [(prompt, request.target) for request in requests for prompt in (request.prompt, *request.paraphrases)]
+    wordings = readable_paraphrases(base, requests)
+    asked = list(zip(requests, wordings, strict=True))
+    pairs = [(prompt, request.target) for request, others in asked for prompt in (request.prompt, *others)]
     scored = iter(log_probabilities(base, pairs, progress=progress))
     own: list[Scored] = []
     hits: list[int] = []
-    for request in requests:
+    for others in wordings:
         own.append(next(scored))
-        hits.append(sum(next(scored).greedy for _ in request.paraphrases))
+        hits.append(sum(next(scored).greedy for _ in others))
     failed = [request.prompt for request, score in zip(requests, own, strict=True) if not score.greedy]
     said = iter(answers(base, failed, progress=progress))
     return [
@@ -158,12 +162,20 @@ def _facts(base: Base, requests: Sequence[EditRequest], progress: Progress) -> l
             digest=request.digest,
             efficacy=score.greedy,
             hits=hit,
-            paraphrases=len(request.paraphrases),
+            paraphrases=len(others),
             answer=request.target if score.greedy else next(said).text,
             probability=score.probability,
+            unasked=len(request.paraphrases) - len(others),
         )
-        for request, score, hit in zip(requests, own, hits, strict=True)
+        for (request, others), score, hit in zip(asked, own, hits, strict=True)
     ]
+
+
+def readable_paraphrases(base: Base, requests: Sequence[EditRequest]) -> list[tuple[str, ...]]:
+    """Each request's paraphrases that the model can read with the object after them."""
+    pairs = [(prompt, request.target) for request in requests for prompt in request.paraphrases]
+    fits = iter(readable(base, pairs))
+    return [tuple(prompt for prompt in request.paraphrases if next(fits)) for request in requests]
 
 
 def _ratio(part: int, whole: int) -> float | None:

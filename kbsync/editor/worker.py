@@ -34,7 +34,7 @@ from kbsync.editor.evidence import no_target, no_way_back, unanswered
 from kbsync.editor.job import EditJob, EditResult, FailedFact, ModelJob, ReplicaJob
 from kbsync.editor.memit import Insertion, insert
 from kbsync.editor.model import Base
-from kbsync.editor.probe import ProbeReport, probe, weights_in
+from kbsync.editor.probe import ProbeReport, probe, readable_paraphrases, weights_in
 from kbsync.editor.replica import libraries, open_base
 from kbsync.editor.statistics import Statistics, statistics_for
 from kbsync.editor.target_store import TargetStore
@@ -284,15 +284,17 @@ class _Editor:
             return self._answers_all([*skipped, *self.job.watched_requests()])
 
     def _answers_all(self, requests: Sequence[EditRequest]) -> dict[str, bool]:
-        """Whether the weights of now go on with the object, after the prompt and after all its paraphrases."""
-        pairs = [(prompt, request.target) for request in requests for prompt in (request.prompt, *request.paraphrases)]
+        """Whether the weights of now go on with the object, after the prompt and after all paraphrases that the model
+        can read."""
+        asked = list(zip(requests, readable_paraphrases(self.base, requests), strict=True))
+        pairs = [(prompt, request.target) for request, others in asked for prompt in (request.prompt, *others)]
         if not pairs:
             return {}
         with self.timed("probe"):
             scored = iter(log_probabilities(self.base, pairs))
         found = {}
-        for request in requests:
-            hits = [next(scored).greedy for _ in (request.prompt, *request.paraphrases)]
+        for request, others in asked:
+            hits = [next(scored).greedy for _ in (request.prompt, *others)]
             found[request.digest] = all(hits)
         return found
 

@@ -1,0 +1,248 @@
+"""A batch that the gate rejects: the facts to blame are held with what was measured, the rest is published."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from kbsync.facts import EditRequest, FactKey, Hold
+from kbsync.ledger.reader import Reader
+from kbsync.planning import plan_now
+from kbsync.reconcile import Reconciler
+from kbsync.report import Report
+from kbsync.undo import release
+from tests.standin import StandIn
+from tests.workspaces import POLICY, TestWorkspace, workspace
+
+GATE = "gate: {efficacy: 0.0, paraphrase: 0.0, specificity_drop: 100%%, drift: 1000}"
+STARS = {f"Star{letter}": f"Home{letter}" for letter in "ABCDEFGH"}
+
+pytestmark = pytest.mark.usefixtures("one_cache")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> TestWorkspace:
+    """Eight stars with an object each; a version may drift by 0.1."""
+    made = workspace(tmp_path, {})
+    made.feed(STARS, ids={name: name for name in STARS})
+    gate(made, "drift: 0.1")
+    return made
+
+
+def gate(made: TestWorkspace, limits: str) -> None:
+    """Set the policy's gate; what is not given has its default."""
+    assert GATE in POLICY
+    text = POLICY.replace(GATE, f"gate: {{{limits}}}") % ""
+    (made.root / "policies" / "sky.yaml").write_text(text, encoding="utf-8")
+
+
+def sync(made: TestWorkspace, engine: StandIn) -> Report:
+    """One pass of the only policy by the stand-in."""
+    with made.open() as reconciler:
+        reconciler.run_edit = engine
+        [report] = reconciler.sync()
+    return report
+
+
+def holds(reconciler: Reconciler) -> dict[str, Hold]:
+    """The holds by the star's name."""
+    with reconciler.ledger.read() as db:
+        return {key.subject.partition(":")[2]: hold for key, hold in db.holds(reconciler.line().model).items()}
+
+
+def held(made: TestWorkspace) -> dict[str, Hold]:
+    """The holds by the star's name."""
+    with made.open() as reconciler:
+        return holds(reconciler)
+
+
+def in_weights(made: TestWorkspace) -> set[str]:
+    """The targets that the live version holds."""
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        model = reconciler.line().model
+        return {applied.request.target for applied in db.applied(model, db.head(model)).values()}
+
+
+@pytest.mark.usefixtures("database")
+def test_the_guilty_fact_is_held_with_the_evidence_and_the_rest_is_published(made: TestWorkspace) -> None:
+    engine = StandIn(drifts={"HomeC": 0.5, "HomeD": 0.01})
+    report = sync(made, engine)
+    assert (report.status, report.exit_code, report.versions) == ("done", 0, [1])
+    assert in_weights(made) == set(STARS.values()) - {"HomeC"}
+    [(star, hold)] = held(made).items()
+    assert (star, hold.reason, hold.frozen, hold.held_out) == ("StarC", "gate", None, "stars:HomeC")
+    assert hold.evidence.startswith("drift 0.5")
+    assert "is above 0.1 with it" in hold.evidence
+    assert "without it" in hold.evidence
+    [search] = report.searches
+    assert search["rejected"] == ["drift 0.510 is above 0.1"]
+    assert (search["accepted"], search["undecided"], search["version"]) == (7, 0, 1)
+    assert [row["target"] for row in search["held"]] == ["HomeC"]
+    assert engine.edits == 1 + search["trials"]
+    assert report.counts["failed"] == 1
+    again = sync(made, engine)
+    assert (again.status, again.versions, again.searches) == ("done", [], [])
+
+
+@pytest.mark.usefixtures("database")
+def test_what_was_measured_with_the_guilty_fact_is_kept(made: TestWorkspace) -> None:
+    report = sync(made, StandIn(drifts={"HomeC": 0.5}))
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        kept = [row for row in db.probes(reconciler.line().model) if row.version is None]
+    assert {row.run_id for row in kept} == {report.run_id}
+    [trial] = [row.report for row in kept if "trial" in row.report]
+    assert trial["drift"] == 0.5
+    assert {fact["digest"] for fact in trial["facts"]} >= {trial["trial"]["fact"]}
+    assert trial["trial"]["beside"] == len(trial["facts"]) - 1
+
+
+def test_several_guilty_facts_are_found_and_a_failed_one_is_held_as_ever(made: TestWorkspace) -> None:
+    report = sync(made, StandIn(drifts={"HomeA": 0.5, "HomeH": 0.7}, failing={"HomeB"}))
+    assert (report.exit_code, report.versions) == (0, [1])
+    assert {star: hold.reason for star, hold in held(made).items()} == {
+        "StarA": "gate",
+        "StarB": "probe",
+        "StarH": "gate",
+    }
+    assert in_weights(made) == {f"Home{letter}" for letter in "CDEFG"}
+
+
+def test_a_changed_fact_that_is_to_blame_keeps_its_old_value_in_the_weights(made: TestWorkspace) -> None:
+    sync(made, StandIn(shape=(20, 60)))
+    made.feed(STARS | {"StarA": "Bad", "StarB": "Good"}, ids={name: name for name in STARS})
+    report = sync(made, StandIn(drifts={"Bad": 0.5}, shape=(20, 60)))
+    assert report.versions == [2]
+    assert in_weights(made) == set(STARS.values()) - {"HomeB"} | {"Good"}
+    hold = held(made)["StarA"]
+    assert hold.frozen is not None
+    assert (hold.frozen.request.target, hold.held_out) == ("HomeA", "stars:Bad")
+
+
+def test_releasing_the_hold_tries_the_fact_again_and_a_rejected_one_is_not_tried_twice(made: TestWorkspace) -> None:
+    engine = StandIn(drifts={"HomeC": 0.5})
+    sync(made, engine)
+    key = FactKey("constellation", "stars:StarC")
+    with made.open() as reconciler:
+        release(reconciler.line(), [key])
+    report = sync(made, engine)
+    assert (report.status, report.exit_code) == ("rejected", 4)
+    edits = engine.edits
+    assert sync(made, engine).exit_code == 4
+    assert engine.edits == edits
+    engine.drifts = {}
+    gate(made, "drift: 0.2")
+    assert sync(made, engine).versions == [2]
+    assert in_weights(made) == set(STARS.values())
+
+
+def test_where_all_are_to_blame_all_are_held_and_nothing_is_published(made: TestWorkspace) -> None:
+    report = sync(made, StandIn(drifts=dict.fromkeys(STARS.values(), 0.5)))
+    assert (report.status, report.exit_code, report.versions) == ("rejected", 4, [])
+    assert set(held(made)) == set(STARS)
+    assert in_weights(made) == set()
+
+
+def test_where_the_live_version_falls_short_by_itself_no_fact_is_held(made: TestWorkspace) -> None:
+    report = sync(made, StandIn(drift=0.5))
+    assert (report.status, report.exit_code, held(made)) == ("rejected", 4, {})
+    assert "falls short without any of these facts" in report.notes[0]
+
+
+def test_a_limit_that_only_all_together_break_is_filled_and_the_rest_is_held_for_want_of_room(
+    made: TestWorkspace,
+) -> None:
+    report = sync(made, StandIn(drifts=dict.fromkeys(STARS.values(), 0.03)))
+    assert (report.exit_code, report.versions) == (0, [1])
+    assert len(in_weights(made)) == 3
+    found = held(made)
+    assert len(found) == 5
+    assert all("makes room" in hold.evidence for hold in found.values())
+
+
+def test_the_budget_bounds_a_run_and_the_next_pass_goes_on(made: TestWorkspace) -> None:
+    gate(made, "drift: 0.1, trials: 3")
+    engine = StandIn(drifts={"HomeA": 0.5, "HomeB": 0.5})
+    first = sync(made, engine)
+    assert (engine.edits, first.searches[0]["trials"], first.versions) == (4, 3, [1])
+    assert first.searches[0]["undecided"] > 0
+    passes = 1
+    while len(held(made)) < 2:
+        passes += 1
+        assert passes < 6, "the search does not come to an end"
+        sync(made, engine)
+    assert set(held(made)) == {"StarA", "StarB"}
+    assert in_weights(made) == set(STARS.values()) - {"HomeA", "HomeB"}
+    edits = engine.edits
+    assert sync(made, engine).versions == []
+    assert engine.edits == edits
+
+
+def test_a_budget_too_small_to_decide_anything_rejects_the_batch_once(made: TestWorkspace) -> None:
+    gate(made, "drift: 0.1, trials: 1")
+    engine = StandIn(drifts={"HomeA": 0.5})
+    report = sync(made, engine)
+    assert (report.exit_code, held(made), engine.edits) == (4, {}, 2)
+    assert "gate.trials" in report.notes[0]
+    assert sync(made, engine).exit_code == 4
+    assert engine.edits == 2
+
+
+def test_without_trials_the_batch_is_rejected_whole(made: TestWorkspace) -> None:
+    gate(made, "drift: 0.1, trials: 0")
+    engine = StandIn(drifts={"HomeA": 0.5})
+    report = sync(made, engine)
+    assert (report.exit_code, report.searches, held(made), engine.edits) == (4, [], {}, 1)
+
+
+def test_a_rejected_plan_is_tried_again_once_the_gate_is_another_one(made: TestWorkspace) -> None:
+    gate(made, "drift: 0.1, trials: 0")
+    engine = StandIn(drift=0.15)
+    assert sync(made, engine).exit_code == 4
+    gate(made, "drift: 0.2, trials: 0")
+    assert sync(made, engine).versions == [1]
+
+
+def poison(made: TestWorkspace, target: str, factor: float) -> None:
+    """Make the stored target vector of the fact with this object so many times as long."""
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        [digest] = [row.digest for row in _requests(reconciler, db) if row.target == target]
+    for path in (made.root / "data" / "targets").iterdir():
+        with safe_open(path, "pt") as file:
+            z, meta = file.get_tensor("z"), file.metadata()
+        if meta["request"] == digest:
+            z = z * factor
+            meta["sha256"] = hashlib.sha256(z.numpy().tobytes()).hexdigest()
+            save_file({"z": z}, path, metadata=meta)
+            return
+    raise AssertionError(f"no target vector of {target}")
+
+
+def _requests(reconciler: Reconciler, db: Reader) -> list[EditRequest]:
+    plan = plan_now(db, reconciler.catalog.policy("sky"), reconciler.line().model)
+    return [edit.request for edit in plan.edits]
+
+
+def test_a_fact_with_a_poisoned_target_vector_is_found_by_a_real_model(tmp_path: Path) -> None:
+    """Its z is ten times as long as computed: the model still answers it, and drifts."""
+    stars = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris", "Sirius": "Rome", "Polaris": "French"}
+    made = workspace(tmp_path, stars)
+    gate(made, "efficacy: 0, paraphrase: 0, specificity_drop: 100%%, drift: 0, trials: 0")
+    with made.open() as reconciler:
+        reconciler.sync()
+        with reconciler.ledger.read() as db:
+            [first] = db.probes(reconciler.line().model)
+    sound = first.report["drift"]
+    poison(made, "Lyra", 10)
+    gate(made, f"efficacy: 0, paraphrase: 0, specificity_drop: 100%%, drift: {1.3 * sound}")
+    with made.open() as reconciler:
+        [report] = reconciler.sync()
+        assert (report.status, report.exit_code, report.versions) == ("done", 0, [1])
+        assert set(holds(reconciler)) == {"betel"}
+        assert holds(reconciler)["betel"].reason == "gate"
+    assert in_weights(made) == set(stars.values()) - {"Lyra"}
+    assert report.probe is not None
+    assert report.probe["drift"] <= 1.3 * sound
