@@ -12,11 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from kbsync.aliases import demote, promote
 from kbsync.config import Workspace
 from kbsync.control import call
 from kbsync.errors import Busy, UsageError
 from kbsync.facts import FactKey
 from kbsync.garbage import collect, retire
+from kbsync.ledger.aliases import LIVE
 from kbsync.lock import writer_lock
 from kbsync.plan_document import PlanDocument, read_plans
 from kbsync.progress import Progress, silent
@@ -26,7 +28,7 @@ from kbsync.report import Report
 from kbsync.rulings import Choice, rule, unrule
 from kbsync.undo import release, revert_fact, revert_version, rollback
 
-__all__ = ["COMMANDS", "UNDO", "execute", "perform"]
+__all__ = ["BESIDE", "COMMANDS", "UNDO", "execute", "perform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,16 @@ def _rollback(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str,
     return rollback(reconciler.line(), arguments["to"], arguments.get("reason", ""))
 
 
+def _promote(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    alias, reason = arguments.get("alias", LIVE), arguments.get("reason", "")
+    return promote(reconciler.line(), arguments["version"], alias, reason)
+
+
+def _demote(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    end = bool(arguments.get("end"))
+    return demote(reconciler.line(), arguments["alias"], arguments.get("reason", ""), end=end)
+
+
 def _revert(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
     reason, dry = arguments.get("reason", ""), bool(arguments.get("dry"))
     if "version" in arguments:
@@ -136,6 +148,8 @@ COMMANDS = {
     "approve": _Command(_approve, (("run",),)),
     "reject": _Command(_reject, (("run",),)),
     "rollback": _Command(_rollback, (("to",),)),
+    "promote": _Command(_promote, (("version",),)),
+    "demote": _Command(_demote, (("alias",),)),
     "revert": _Command(_revert, (("version", "key"),)),
     "rebase": _Command(_rebase),
     "release": _Command(_release),
@@ -144,6 +158,8 @@ COMMANDS = {
 }
 UNDO = frozenset({"rollback"})
 """Commands that go before a running edit: it is cancelled and planned again later."""
+BESIDE = frozenset({"promote", "demote"})
+"""Commands that wait for no edit, and no edit for them: they move no HEAD and write a row and a small file."""
 
 
 def execute(reconciler: Reconciler, command: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

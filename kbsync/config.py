@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     allowed_dirs: Annotated[tuple[Path, ...], NoDecode] = ()
     """Folders, beside the workspace itself, that sources may read local files from."""
     on_publish: str | None = None
-    """Command run after each publication, version and folder in its environment; its failure is only logged."""
+    """Command run when `live` names another version, which and where in its environment; its failure is only logged."""
     hook_secrets: Annotated[tuple[str, ...], NoDecode] = ()
     """Variables with secrets that commands which kbsync runs may see; the others are left out of their environment."""
     grace: Annotated[Seconds, Field(gt=0)] = 30.0
@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     executor: ExecutorSettings = ExecutorSettings()
     """Who computes target vectors."""
     strategy: Strategy = Strategy()
-    """How versions are made: on the live one, or anew from the base."""
+    """How versions are made: on HEAD, or anew from the base."""
     retention: Retention = Retention()
     """For how long versions stay restorable."""
     recheck: Recheck = Recheck()

@@ -20,7 +20,7 @@ __all__ = ["cost_of", "measured", "missing_targets", "seconds_of"]
 
 
 def cost_of(line: Line, plan: Plan) -> Cost:
-    """What carrying the plan out on the live version would cost; None for what no version has measured yet."""
+    """What carrying the plan out on HEAD would cost; None for what no version has measured yet."""
     with line.ledger.read() as db:
         live = len(db.applied(line.model, plan.head))
     requests = {edit.request.digest: edit.request for edit in plan.edits}

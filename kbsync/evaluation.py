@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kbsync.bench.settings import changed
 from kbsync.config import Workspace
@@ -63,9 +63,7 @@ def open_model(name: str, preset: str | None = None, *, device: str = "auto") ->
     return Subject(folder.name, base, load_preset(chosen) if chosen else None, about={"version": None})
 
 
-def open_version(
-    workspace: Workspace, ledger: Ledger, version: int | Literal["live"], *, progress: Progress = silent
-) -> Subject:
+def open_version(workspace: Workspace, ledger: Ledger, version: int | str, *, progress: Progress = silent) -> Subject:
     """A version of the workspace's model and the facts that it holds. Raises what `Versions.load` raises."""
     from kbsync.editor.drift import HeldOut
     from kbsync.editor.model import weights_in

@@ -130,6 +130,11 @@ def retire(workspace: Workspace, ledger: Ledger, model: str, *, user: str, reaso
             raise UsageError(f"model {model}: the ledger does not know it", hint=f"it has {names}")
         if found == [current]:
             raise UsageError(f"model {model}: kbsync.yaml names it", hint="name another model there first")
+        for alias in db.pinned(found[0]):
+            db.note_promotion(found[0], alias, "end", None, user=user, reason=reason or "retired")
         db.retire(found[0], user=user, reason=reason or "retired")
-    VersionStore(workspace.data, found[0]).write_head(0)
+        aliases = db.aliases(found[0])
+    store = VersionStore(workspace.data, found[0])
+    store.write_head(0)
+    store.write_aliases(aliases)
     return {"model": found[0]}

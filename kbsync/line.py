@@ -26,6 +26,7 @@ from kbsync.errors import Cancelled, StoreError
 from kbsync.facts import Applied, EditRequest, FactKey, Hold, digest_of
 from kbsync.hub import ModelFolder
 from kbsync.ledger import Ledger, Reader
+from kbsync.ledger.aliases import LIVE
 from kbsync.ledger.records import PublishedVersion
 from kbsync.ledger.writer import Writer
 from kbsync.odometer import read_odometer
@@ -41,6 +42,8 @@ __all__ = ["Judge", "Line"]
 RETAINED_SAMPLE = 40
 """Live facts of earlier versions that are probed again with every version: the same ones while they live."""
 HOOK_SECONDS = 600
+POINTING = threading.Lock()
+"""Held by who writes HEAD and the aliases: a promotion does not wait for an edit, and both write them."""
 
 Judge = Callable[[Mapping[str, Any], Sequence[EditRequest]], Sequence[str]]
 """Why a version with this probe report on these requests may not be published; empty: it may."""
@@ -70,7 +73,7 @@ class Line:
 
     @classmethod
     def open(cls, workspace: Workspace, ledger: Ledger, *, user: str) -> Line:
-        """Find the model, register it (version 0 is the pristine base), put HEAD right.
+        """Find the model, register it (version 0 is the pristine base), put HEAD and aliases right.
 
         Raises ModelError (absent, no preset), BaseMismatch where this name stood for other weights before.
         """
@@ -78,10 +81,10 @@ class Line:
         folder, model, store = found.folder, found.model, found.store
         with ledger.write() as db:
             db.register_model(model, name=folder.name, fingerprint=found.fingerprint, path=str(folder.path))
-            head = db.head(model)
-        store.write_head(head)
         preset = workspace.preset(folder.name)
-        return cls(workspace, ledger, folder, found.fingerprint, model, preset, store, user)
+        line = cls(workspace, ledger, folder, found.fingerprint, model, preset, store, user)
+        line.point()
+        return line
 
     @property
     def settings_digest(self) -> str:
@@ -256,6 +259,7 @@ class Line:
         manifest = self._manifest(edit, result, facts, number, head)
         digest = self.store.write_manifest(manifest)
         with self.ledger.write() as db:
+            before = db.aliases(self.model)
             if (now := db.head(self.model)) != head:
                 raise Cancelled(f"HEAD moved from version {head} to {now} during the edit", hint="kbsync sync")
             db.set_weights(self.model, 0, result.base_weights_sha256)
@@ -277,11 +281,12 @@ class Line:
             )
             self._settle(db, edit, result, held, number)
             db.note_arrivals(self.model, number, [planned.request.key for planned, _ in facts if _is_news(planned)])
+        log.info("version_published", model=self.model, version=number)
         try:
-            self.store.write_head(number)
+            self.point()
         except StoreError as error:  # published all the same: the next start writes HEAD anew from the ledger
             log.error("head_not_written", version=number, problem=error.message)
-        self.announce(number)
+        self.announce(before)
         return number
 
     def _manifest(
@@ -316,14 +321,28 @@ class Line:
             run_id=edit.run_id,
         )
 
-    def announce(self, number: int) -> None:
-        """Run `on_publish`, version and workspace in its environment. Its failure is logged, never fatal."""
-        log.info("version_published", model=self.model, version=number)
+    def point(self) -> None:
+        """Write HEAD and the files of aliases as the ledger has them. Raises StoreError where the disk refuses."""
+        with POINTING:
+            with self.ledger.read() as db:
+                head, aliases = db.head(self.model), db.aliases(self.model)
+            self.store.write_head(head)
+            self.store.write_aliases(aliases)
+
+    def announce(self, before: Mapping[str, int]) -> None:
+        """Where `live` is no longer what it was `before`, run `on_publish`, alias, version and workspace in its
+        environment. Its failure is logged, never fatal."""
+        with self.ledger.read() as db:
+            number = db.aliases(self.model)[LIVE]
+        if number == before[LIVE]:
+            return
+        log.info("live_moved", model=self.model, version=number, before=before[LIVE])
         command = self.workspace.settings.on_publish
         if not command:
             return
         variables = {
             "KBSYNC_MODEL": self.model,
+            "KBSYNC_ALIAS": LIVE,
             "KBSYNC_VERSION": str(number),
             "KBSYNC_WORKSPACE": str(self.workspace.root),
         }

@@ -1,4 +1,4 @@
-"""What the ledger as it is now asks of a model's live version: reads what `plan.make_plan` decides on.
+"""What the ledger as it is now asks of a model's HEAD: reads what `plan.make_plan` decides on.
 
 with ledger.read() as db:
     plan = plan_now(db, policy, model)

@@ -68,7 +68,7 @@ def take_over(
         holds = [hold for hold in db.holds(old.model).values() if hold.reason != "probe"]
         before, standing = db.applied(new.model, db.head(new.model)), db.holds(new.model)
     copied = {hold.key for hold in holds}
-    _check_own(old, new, before.keys() - live.keys(), "that the live version lacks")
+    _check_own(old, new, before.keys() - live.keys(), f"that HEAD of {old.model} lacks")
     own = {key for key, hold in standing.items() if hold.reason != "probe"}
     _check_own(old, new, (own & live.keys()) - copied, "rolled back or reverted")
     edit = Edit(
@@ -199,7 +199,7 @@ def make_as_run(line: Line, edit: Edit, judge: Judge | None, *, trigger: str) ->
             db.finish_run(run_id, "rejected", "; ".join(outcome.rejected))
         raise GateRejected(
             f"{edit.reason}: the version is not good enough: {'; '.join(outcome.rejected)}",
-            hint=f"kbsync runs --json shows run {run_id}; the live version is as it was",
+            hint=f"kbsync runs --json shows run {run_id}; HEAD is as it was",
         )
     with line.ledger.write() as db:
         db.finish_run(run_id, "done", edit.reason)

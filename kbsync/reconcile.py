@@ -2,7 +2,7 @@
 
     observe (fetch) ─▶ decide (record, resolve, plan, guard: one transaction) ─▶ carry out (edit, probe, gate, publish)
 
-A pass compares what the ledger wants with what the live version holds and applies the difference, so a crash, a skipped
+A pass compares what the ledger wants with what HEAD holds and applies the difference, so a crash, a skipped
 run or a rollback needs no repair: the next pass computes the plan again. Deciding is one transaction that is rolled
 back for a dry run and for a run that a guard holds; approving such a run decides again on the very snapshots it kept.
 
@@ -217,7 +217,7 @@ class Reconciler:
         return Report(policy=held.policy, status="rejected", run_id=run_id)
 
     def take_over(self, model: str, preset: str | None, reason: str = "", *, dry: bool = False) -> dict[str, Any]:
-        """Put what the live version of kbsync.yaml's model holds into another base, as a version of its own line. HEAD
+        """Put what HEAD of kbsync.yaml's model holds into another base, as a version of its own line. HEAD
         of the old line stays. `preset`: of the new model; default: its own. Raises ModelError where it lacks either."""
         settings = self.workspace.settings.model_copy(update={"model": model, "preset": preset})
         workspace = replace(self.workspace, settings=settings)

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from kbsync.config import Workspace
 from kbsync.errors import BaseMismatch, KbsyncError, UsageError
 from kbsync.hub import ModelFolder, fingerprint, model_id, resolve_model
 from kbsync.ledger import Ledger
+from kbsync.ledger.aliases import HEAD, LIVE
 from kbsync.ledger.records import VersionRow
 from kbsync.versions.store import VersionRecord, VersionStore
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Versions", "load_model", "verify_workspace"]
 
 
-def load_model(workspace: str | Path, version: int | Literal["live"] = "live") -> Base:
-    """The model of `workspace` (a folder with kbsync.yaml) with the weights of `version`, checked byte for byte.
+def load_model(workspace: str | Path, version: int | str = LIVE) -> Base:
+    """The model of `workspace` (a folder with kbsync.yaml) with the weights of a version, checked byte for byte.
+
+    `version` is its number, an alias, or HEAD.
 
     Raises ConfigError, ModelError, UsageError (no such version), BaseMismatch, StoreError (a file is not as recorded).
     """
@@ -68,23 +71,21 @@ class Versions:
             )
         return cls(workspace, ledger, folder, print_, model, VersionStore(workspace.data, model))
 
-    def row(self, version: int | Literal["live"] = "live") -> VersionRow | None:
-        """What the ledger says of a version; None for version 0 of a model that was never synced.
+    def row(self, version: int | str = LIVE) -> VersionRow | None:
+        """What the ledger says of a version; None for the pristine base of a model that was never synced.
 
-        Raises UsageError where there is none of that number, or it is not restorable."""
+        Raises UsageError where there is no such version, or it is not restorable.
+        """
         with self.ledger.read() as db:
-            known = any(row.id == self.model for row in db.models())
-            if not known and version in ("live", 0):
-                return None
-            number = db.head(self.model) if version == "live" else version
-            rows = {row.number: row for row in db.versions(self.model)} if known else {}
-            if number in rows:
+            if any(row.id == self.model for row in db.models()):
+                number = db.number_of(self.model, version)
                 db.require_restorable(self.model, number)
-        if number not in rows:
-            raise UsageError(f"there is no version {number}", hint="kbsync log lists the versions")
-        return rows[number]
+                return db.version(self.model, number)
+        if str(version) not in (LIVE, HEAD, "0"):
+            raise UsageError(f"there is no version {version}: {self.folder.name} was never synced", hint="kbsync sync")
+        return None
 
-    def load(self, version: int | Literal["live"] = "live") -> Base:
+    def load(self, version: int | str = LIVE) -> Base:
         """The base with the version's weights. Raises what `load_version` raises."""
         from kbsync.editor.model import load_base
         from kbsync.versions.export import load_version
@@ -101,9 +102,10 @@ class Versions:
 
 
 def verify_workspace(workspace: Workspace, ledger: Ledger, *, weights: bool = True) -> Iterator[str]:
-    """What is wrong, one line each: the ledger's own integrity, every file that a version names, the live weights.
+    """What is wrong, one line each: the ledger's own integrity, every file that a version names, the weights.
 
-    `weights`: also rebuild the live version on the base and compare its hash with the recorded one (loads the model).
+    `weights`: also rebuild HEAD and the live version on the base and compare their hashes with the recorded ones (loads
+    the model).
     """
     yield from ledger.check()
     try:
@@ -121,11 +123,18 @@ def verify_workspace(workspace: Workspace, ledger: Ledger, *, weights: bool = Tr
             for model in models
         }
         files = {model.id: db.kept_files(model.id) for model in models}
+        aliases = {model.id: db.aliases(model.id) for model in models}
     for model in models:
         store = VersionStore(workspace.data, model.id)
-        yield from map(str, store.verify(records[model.id], head=model.head, files=files[model.id]))
+        found = store.verify(records[model.id], head=model.head, aliases=aliases[model.id], files=files[model.id])
+        yield from map(str, found)
     if weights and versions.model in records:
+        yield from _wrong_weights(versions)
+
+
+def _wrong_weights(versions: Versions) -> Iterator[str]:
+    for number in sorted({row.number for name in (HEAD, LIVE) if (row := versions.row(name)) is not None}):
         try:
-            versions.load("live")
+            versions.load(number)
         except KbsyncError as error:
             yield error.message

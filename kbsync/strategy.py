@@ -1,4 +1,4 @@
-"""How the next version is made: on the live one (incremental), or anew from the pristine base (rebase). Pure.
+"""How the next version is made: on HEAD (incremental), or anew from the pristine base (rebase). Pure.
 
 Incremental is cheap: only the batch is inserted, with the keys of the live facts kept in the system. A rebase inserts
 all live facts into the pristine base in one go, with target vectors that are cached, so that the version does not
@@ -63,7 +63,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Odometer:
-    """How far the live version is from its anchor, the last rebase or the base: how many versions lie between them,
+    """How far HEAD is from its anchor, the last rebase or the base: how many versions lie between them,
     and what both measured (None: the base, or a version that did not measure it)."""
 
     anchor: int = 0

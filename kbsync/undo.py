@@ -13,6 +13,7 @@ from typing import Any
 from kbsync.edit import Edit
 from kbsync.errors import Inseparable, UsageError
 from kbsync.facts import Applied, Fact, FactKey, Hold, HoldReason
+from kbsync.ledger.aliases import LIVE
 from kbsync.line import Line
 from kbsync.plan import carried
 from kbsync.rebase import make_as_run
@@ -81,15 +82,18 @@ def _content(applied: Applied | None) -> tuple[str, str] | None:
     return (applied.request.digest, applied.object_id) if applied else None
 
 
-def rollback(line: Line, to: int, reason: str = "") -> dict[str, Any]:
-    """Move HEAD to version `to`: nothing is computed anew. What that takes out of the weights, or puts back, is held.
+def rollback(line: Line, version: int | str, reason: str = "") -> dict[str, Any]:
+    """Move HEAD to a version (its number, or an alias): nothing is computed anew. What that takes out of the weights,
+    or puts back, is held. Aliases that somebody pinned stay; `live` is what is served afterwards.
 
     Raises UsageError for a version that is not there or not restorable, StoreError where its files are not as recorded.
     """
     with line.ledger.read() as db:
+        to = db.number_of(line.model, version)
         db.require_restorable(line.model, to)
         line.store.require(to, db.version(line.model, to).manifest_sha256)
     with line.ledger.write() as db:
+        before = db.aliases(line.model)
         head, row = db.head(line.model), db.version(line.model, to)
         holds, releases = holds_after(
             db.applied(line.model, head),
@@ -102,11 +106,13 @@ def rollback(line: Line, to: int, reason: str = "") -> dict[str, Any]:
             db.hold(line.model, hold)
         db.release(line.model, releases)
         db.move_head(line.model, to, user=line.user, reason=reason or f"rollback from {head}")
-    line.store.write_head(to)
-    line.announce(to)
+        live = db.aliases(line.model)[LIVE]
+    line.point()
+    line.announce(before)
     return {
         "from": head,
         "version": to,
+        "live": live,
         "held": len(holds),
         "released": len(releases),
         "weights_sha256": row.weights_sha256,
@@ -116,8 +122,8 @@ def rollback(line: Line, to: int, reason: str = "") -> dict[str, Any]:
 def revert_version(line: Line, number: int, reason: str = "", *, dry: bool = False) -> dict[str, Any]:
     """A new version without the work of version `number`; later ones are kept. What leaves is held.
 
-    Where a rebase has come since, its deltas are live no more: then the new version is a rebase without its facts.
-    `dry`: only say what that would be. Raises UsageError where nothing of it is live any more.
+    Where a rebase has come since, its deltas are not in HEAD any more: the new version is a rebase without its facts.
+    `dry`: only say what that would be. Raises UsageError where nothing of it is left in HEAD.
     """
     anchor = line.odometer().anchor
     with line.ledger.read() as db:
@@ -130,7 +136,7 @@ def revert_version(line: Line, number: int, reason: str = "", *, dry: bool = Fal
     keep = without_version(now, version, parent, anew=anew)
     if keep == now:
         raise UsageError(
-            f"nothing of version {number} is live in version {head}",
+            f"nothing of version {number} is left in HEAD, version {head}",
             hint=f"kbsync rollback --to {row.parent} undoes a rebase" if row.kind == "rebase" else "kbsync log",
         )
     because = f"version {number} is older than the rebase in version {anchor}" if anew and number != anchor else None
@@ -142,11 +148,11 @@ def revert_fact(
     line: Line, key: FactKey, reason: str = "", *, exact: bool = False, dry: bool = False
 ) -> dict[str, Any]:
     """A new version without the fact of `key`, which is held. `exact`: as a rebase without it; else its share alone is
-    taken out, which is approximate over several layers. Raises UsageError where the live version lacks it."""
+    taken out, which is approximate over several layers. Raises UsageError where HEAD lacks it."""
     with line.ledger.read() as db:
         now = db.applied(line.model, db.head(line.model))
     if key not in now:
-        raise UsageError(f"the live version holds no {key.relation} of {key.subject}", hint="kbsync facts")
+        raise UsageError(f"HEAD holds no {key.relation} of {key.subject}", hint="kbsync facts")
     keep = {other: applied for other, applied in now.items() if other != key}
     because = "--exact" if exact else None
     return _revert(line, keep, reason or f"revert {key.relation} of {key.subject}", because, dry=dry)

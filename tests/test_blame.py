@@ -91,12 +91,12 @@ def test_what_the_model_knows_and_what_was_rolled_past_say_so(
         rollback(it.line(), 0, "all of it")
         release(it.line(), everything=True)
     line = Line(made.root, capsys)
-    assert reasons(line, "Vega")["column"] == "version 1 holds it, but version 0 is live"
+    assert reasons(line, "Vega")["column"] == "version 1 holds it, but HEAD is version 0"
     with made.open() as it, it.ledger.write() as db:
         [fact] = db.facts().values()
         request = render(fact, it.catalog.policy("sky").wording()[RELATION])
         db.note_known(db.models()[0].fingerprint, {request.digest: True})
-    assert reasons(line, "Vega")["column"] == "version 1 holds it, but version 0 is live"
+    assert reasons(line, "Vega")["column"] == "version 1 holds it, but HEAD is version 0"
     made.policy("    skip_known: true")
     assert "knows it" in reasons(line, "Vega")["column"]
 

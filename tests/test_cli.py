@@ -72,6 +72,34 @@ def feed(line: Line, rows: dict[str, str]) -> None:
     TestWorkspace(line.root).feed(rows)
 
 
+def test_what_is_served_is_promoted_and_taken_back(line: Line) -> None:
+    """A canary is tried beside what is live, then promoted; a rollback of HEAD leaves it; a demotion goes back."""
+    line.run("sync")
+    assert "live is version 1" in line.run("promote", "HEAD", "--reason", "known good")
+    feed(line, STARS | {"Vega": "Rome", "Sirius": "French"})
+    assert "live stays at version 1; `kbsync promote 2` serves version 2" in line.run("sync")
+    assert "canary is version 2" in line.run("promote", "2", "--as", "canary")
+    asked = line.json("ask", "Where is Vega", "--compare", "canary")["versions"]
+    assert [found["version"] for found in asked] == [1, 2]
+    assert "canary: version 2" in line.run("status")
+    assert line.json("status")["aliases"] == {"live": 1, "canary": 2}
+    assert [row["named"] for row in line.json("log")] == [["HEAD", "canary"], ["live"], []]
+    assert "live is version 2 (was 1)" in line.run("promote", "canary")
+    assert "live is version 2 already" in line.run("promote", "canary")
+    assert "version 0 is HEAD (was 2)" in line.run("rollback", "--to", "0")
+    assert "is live" in line.run("show", "live")
+    assert [fact["subject"] for fact in line.json("diff", "1", "live")["facts"]] == ["Sirius", "Vega"]
+    assert "live is version 1 (was 2)" in line.run("demote", "live", "--reason", "worse")
+    assert "live is version 0 (was 1), it follows HEAD" in line.run("demote", "live")
+    assert [(row["alias"], row["version"]) for row in line.json("aliases")] == [("canary", 2), ("live", 0)]
+    moves = [row for row in line.json("aliases", "--history") if row["alias"] == "live"]
+    assert [row["version"] for row in moves] == [0, 1, 2, 1, 1, 0]
+    assert {"worse", "known good"} < {row["reason"] for row in moves}
+    assert "kbsync aliases" in line.fails("demote", "live", code=2)[1]
+    assert "canary names no version any more" in line.run("demote", "canary")
+    assert "kbsync log" in line.fails("promote", "canary", code=2)[1]
+
+
 def test_a_user_syncs_looks_asks_and_rolls_back(line: Line) -> None:
     assert "3 edits" in line.run("plan")
     assert "version 1 published" in line.run("sync")
@@ -82,7 +110,7 @@ def test_a_user_syncs_looks_asks_and_rolls_back(line: Line) -> None:
     assert line.json("rebase", "--dry-run")["facts"] == 4
     assert "2 versions since version 0, a rebase is due at 20" in line.run("status")
     assert line.json("status")["capacity"]["facts"] == 4
-    assert "1 facts taken out, 0 put back (on the live version)" in line.run(
+    assert "1 facts taken out, 0 put back (on HEAD)" in line.run(
         "revert", "--fact", "Deneb", "constellation", "--dry-run"
     )
     assert "--onto" in line.fails("rebase", "--preset", "x", code=2)[0]

@@ -177,7 +177,7 @@ def test_a_version_older_than_the_rebase_is_reverted_by_another_rebase_and_the_p
         assert (done["version"], done["held"], row(reconciler).kind) == (4, 2, "rebase")
         assert holds(reconciler) == STARS
         assert reconciler.sync()[0].counts["edits"] == 0
-        with pytest.raises(UsageError, match="nothing of version 3 is live") as refused:
+        with pytest.raises(UsageError, match="nothing of version 3 is left in HEAD") as refused:
             revert_version(reconciler.line(), 3)
         assert "rollback --to 2" in refused.value.hint
     assert problems(made) == []
@@ -453,7 +453,7 @@ def test_a_base_that_holds_facts_or_undos_of_its_own_takes_over_nothing(made: Te
         reconciler.sync()
         assert holds(reconciler)["Rigel"] == "French"
     config.write_text(old)
-    with made.open() as reconciler, pytest.raises(UsageError, match="has 1 facts that the live version lacks"):
+    with made.open() as reconciler, pytest.raises(UsageError, match=r"has 1 facts that HEAD of .* lacks"):
         reconciler.take_over("newer", "preset.yaml")
 
 

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, event, settings, stateful
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+from kbsync.aliases import demote, history, promote
 from kbsync.catalog import load_catalog
 from kbsync.config import Workspace
 from kbsync.errors import GateRejected, Inseparable, Moved, UsageError
@@ -111,6 +112,7 @@ class Life(stateful.RuleBasedStateMachine):
         }
         self.snapshots = dict.fromkeys(SOURCES, "complete")
         self.resolved = True
+        self.promoted: dict[str, list[int]] = {"live": [], "canary": []}
         self.remembered: list[tuple[Any, Any]] = []
         self.closed: dict[int, tuple[Any, ...]] = {}
         self.ledger = Ledger.open(f"sqlite:///{self.root / 'data' / 'ledger.db'}", clock=self.clock)
@@ -251,6 +253,20 @@ class Life(stateful.RuleBasedStateMachine):
         self._attempt("revert of a fact", lambda: revert_fact(line, key, exact=exact))
 
     @stateful.precondition(lambda self: self._newest())
+    @stateful.rule(alias=st.sampled_from(("live", "canary")), back=st.integers(0, 4))
+    def a_version_is_promoted(self, alias: str, back: int) -> None:
+        number = max(0, self._newest() - back)
+        promote(self._reconciler().line(), number, alias)
+        if self.promoted[alias][-1:] != [number]:
+            self.promoted[alias].append(number)
+
+    @stateful.rule(alias=st.sampled_from(("live", "canary")), end=st.booleans())
+    def an_alias_is_demoted(self, alias: str, end: bool) -> None:
+        if self.promoted[alias]:
+            demote(self._reconciler().line(), alias, end=end)
+            self.promoted[alias] = [] if end else self.promoted[alias][:-1]
+
+    @stateful.precondition(lambda self: self._newest())
     @stateful.rule()
     def everything_is_released(self) -> None:
         line = self._reconciler().line()
@@ -296,6 +312,16 @@ class Life(stateful.RuleBasedStateMachine):
     def the_files_are_as_the_ledger_says(self) -> None:
         reconciler = self._reconciler()
         assert list(verify_workspace(reconciler.workspace, self.ledger, weights=False)) == []
+
+    @stateful.invariant()
+    def what_is_promoted_stays_whatever_head_does(self) -> None:
+        line = self._reconciler().line()
+        with self.ledger.read() as db:
+            named, heads = db.aliases(line.model), db.head_moves(line.model)[::-1]
+            log = db.promotions(line.model, "live")
+        wanted = {alias: numbers[-1] for alias, numbers in self.promoted.items() if numbers}
+        assert named == {"live": heads[-1].number, **wanted} == line.store.aliases()
+        assert history("live", log, heads)[-1].version == named["live"]
 
     @stateful.invariant()
     def every_moment_is_remembered(self) -> None:

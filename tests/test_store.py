@@ -201,7 +201,7 @@ def test_verify_names_every_file_that_is_wrong_and_the_versions_that_need_it(sto
     assert str(found[damaged]).startswith(f"{damaged}: damaged, its sha256 is now")
     assert str(found[missing]) == f"{missing}: No such file or directory (needed by version 2)"
     assert found[store.manifest_path(1)].reason.startswith("altered")
-    assert found[store.folder / "HEAD"] == Problem(store.folder / "HEAD", "names version 1, the ledger 2")
+    assert found[store.folder / "HEAD"] == Problem(store.folder / "HEAD", "names version 1, the ledger version 2")
 
 
 def test_verify_compares_manifest_and_ledger(store: VersionStore) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from kbsync.cli import (
+    aliases,
     bench,
     blame,
     daemon,
@@ -43,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-operations = (setup, write, decide, status, model, ledger, daemon)
+operations = (setup, write, aliases, decide, status, model, ledger, daemon)
 questions = (versions, facts, history, blame, freshness, read)
 for part in (*operations, *questions, demo, bench, study, evaluate):
     app.add_typer(part.app)

@@ -217,7 +217,8 @@ def _column_lines(chain: Lineage) -> list[str]:
     if column is None:
         return [_gap(chain, "column")]
     held = "" if chain.current else f" hold {escape(column.request.target)}:"
-    made = f"{held} column {column.column} of version {column.version} ({column.kind}), live in version {column.head}"
+    where = "live in" if column.live == column.head else f"live is version {column.live}, this is of HEAD,"
+    made = f"{held} column {column.column} of version {column.version} ({column.kind}), {where} version {column.head}"
     since = f", as since version {column.first}" if column.first != column.version else ""
     lines = [f"{made.strip()}{since}", f"made {short(column.at)} by {escape(column.by)}", f"delta {column.delta}"]
     lines += [f"shared with {escape(key.relation)} of {escape(key.subject)}" for key in column.shared]

@@ -10,7 +10,6 @@ import typer
 from rich.markup import escape
 
 from kbsync.cli.common import AsJson, Root, bars, emit, opened, say, table
-from kbsync.cli.model import version_number
 from kbsync.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +42,8 @@ MOST_RELATIONS = 30
 @app.command()
 def evaluate(
     of: Annotated[
-        str | None, typer.Option("--version", help="The version to measure; live (the default) or a number.")
+        str | None,
+        typer.Option("--version", help="The version: live (the default), a number, an alias, HEAD."),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -104,7 +104,7 @@ def _subject(root: Path, of: str, model: str | None, preset: str | None, progres
     if preset:
         raise UsageError("--preset goes with --model: a workspace names its own", hint="`preset:` in kbsync.yaml")
     with opened(root) as (workspace, ledger):
-        return open_version(workspace, ledger, version_number(of), progress=progress)
+        return open_version(workspace, ledger, of, progress=progress)
 
 
 def _show(result: Mapping[str, Any], plot: Path | None, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,26 +13,15 @@ from kbsync.cli.common import AsJson, Root, emit, opened, say, table
 if TYPE_CHECKING:
     from kbsync.serving import Versions
 
-__all__ = ["app", "version_number"]
+__all__ = ["app"]
 
 app = typer.Typer()
-
-
-def version_number(text: str) -> int | Literal["live"]:
-    """`live` or a version number. Raises UsageError."""
-    from kbsync.errors import UsageError
-
-    if text == "live":
-        return "live"
-    if not text.isdecimal():
-        raise UsageError(f"{text!r} is no version", hint="a number from `kbsync log`, or live")
-    return int(text)
 
 
 @app.command()
 def ask(
     prompt: Annotated[str, typer.Argument(help="The beginning of a sentence; the model continues it.")],
-    of: Annotated[str, typer.Option("--version", help="The version to ask; live or a number.")] = "live",
+    of: Annotated[str, typer.Option("--version", help="The version to ask: a number, an alias, HEAD.")] = "live",
     compare: Annotated[str | None, typer.Option("--compare", help="A second version to ask, such as 0.")] = None,
     objects: Annotated[list[str] | None, typer.Option("--object", help="Also give the probability of this.")] = None,
     root: Root = Path(),
@@ -41,9 +30,9 @@ def ask(
     """Ask versions of the model to continue a prompt; with --compare, side by side."""
     from kbsync.serving import Versions
 
-    numbers = [version_number(text) for text in dict.fromkeys([of, *([compare] if compare is not None else [])])]
+    named = list(dict.fromkeys([of, *([compare] if compare is not None else [])]))
     with opened(root) as (workspace, ledger):
-        asked = _ask(Versions.open(workspace, ledger), numbers, prompt, objects or [])
+        asked = _ask(Versions.open(workspace, ledger), named, prompt, objects or [])
     if as_json:
         return emit({"prompt": prompt, "versions": asked})
     columns = ("", *(f"version {found['version']}" for found in asked))
@@ -56,19 +45,17 @@ def ask(
     return None
 
 
-def _ask(
-    versions: Versions, numbers: list[int | Literal["live"]], prompt: str, objects: list[str]
-) -> list[dict[str, Any]]:
+def _ask(versions: Versions, named: list[str], prompt: str, objects: list[str]) -> list[dict[str, Any]]:
     """Each version's answer, and the probability that each of them gives to every answer and object."""
     from kbsync.editor.answers import answers, log_probabilities
 
-    bases = [versions.load(number) for number in numbers]
+    bases = [versions.load(name) for name in named]
     found = [answers(base, [prompt])[0] for base in bases]
     words = [word for word in dict.fromkeys([*objects, *(answer.text for answer in found)]) if word]
     rows = []
-    for number, base, answer in zip(numbers, bases, found, strict=True):
+    for name, base, answer in zip(named, bases, found, strict=True):
         scored = log_probabilities(base, [(prompt, word) for word in words])
-        row = versions.row(number)
+        row = versions.row(name)
         rows.append(
             {
                 "version": row.number if row else 0,
@@ -81,7 +68,7 @@ def _ask(
 
 @app.command()
 def export(
-    of: Annotated[str, typer.Argument(help="The version to export: live or a number.", metavar="VERSION")],
+    of: Annotated[str, typer.Argument(help="Which one: live, a number, an alias, HEAD.", metavar="VERSION")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     form: Annotated[
         str, typer.Option("--format", help="checkpoint: a folder that from_pretrained loads.")
@@ -97,17 +84,17 @@ def export(
         raise UsageError(f"format {form} is not known", hint="--format checkpoint")
     with opened(root) as (workspace, ledger):
         versions = Versions.open(workspace, ledger)
-        export_checkpoint(versions.load(version_number(of)), versions.folder.path, out)
+        export_checkpoint(versions.load(of), versions.folder.path, out)
     say(f"version {of} lies in {escape(str(out))}")
 
 
 @app.command()
 def verify(
     root: Root = Path(),
-    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Also rebuild the live weights.")] = True,
+    weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Also rebuild HEAD and live.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Read everything again (ledger, files, hashes, live weights) and name what is wrong."""
+    """Read everything again (ledger, files, hashes, weights of HEAD and live) and name what is wrong."""
     from kbsync.serving import verify_workspace
 
     with opened(root) as (workspace, ledger):

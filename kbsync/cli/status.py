@@ -1,4 +1,4 @@
-"""`kbsync status`: the live version, how much of the model its edits are, what waits, how sources do. No torch."""
+"""`kbsync status`: HEAD, what is live, how much of the model its edits are, what waits, how sources do. No torch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ app = typer.Typer()
 
 @app.command()
 def status(root: Root = Path(), as_json: AsJson = False) -> None:
-    """Show the live version, what waits, and how sources and policies are doing."""
+    """Show HEAD and what is live, what waits, and how sources and policies are doing."""
     with reading(root) as (workspace, db):
         found = _status(workspace, db)
     if as_json:
         return emit(found)
     applied, unusable = counted(found["facts_applied"], "fact"), counted(found["quarantined"], "quarantined row")
     say(f"[bold]{escape(found['model'])}[/]  version {found['version']}, {applied} in the weights")
+    for alias, number in found["aliases"].items():
+        if number != found["version"] or alias != "live":
+            say(f"{escape(alias)}: version {number}")
     say(f"ledger: {counted(found['facts'], 'fact')}, {counted(found['conflicts'], 'conflict')}, {unusable}")
     runs = counted(len(found["held_runs"]), "run")
     say(f"waiting: {counted(found['pending'], 'edit')}, {counted(found['holds'], 'hold')}, {runs} for approval")
@@ -60,6 +63,7 @@ def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
         "workspace": str(workspace.root),
         "model": model.id if model else workspace.settings.model,
         "version": model.head if model else 0,
+        "aliases": db.aliases(model.id) if model else {},
         "facts": len(db.facts()),
         "facts_applied": len(db.applied(model.id, model.head)) if model else 0,
         "pending": _pending(catalog, db, model),
@@ -77,7 +81,7 @@ def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
 
 
 def _capacity(workspace: Workspace, db: Reader, model: ModelRow | None) -> dict[str, Any] | None:
-    """The odometer of the live version: how much of the model its edits are, and how long until the next rebase."""
+    """The odometer of HEAD: how much of the model its edits are, and how long until the next rebase."""
     from kbsync.odometer import read_odometer
     from kbsync.strategy import facts_left, warnings
     from kbsync.versions.store import VersionStore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from kbsync.cli.read import reading, required_model, short
 if TYPE_CHECKING:
     from kbsync.config import Workspace
     from kbsync.facts import Applied, FactKey
-    from kbsync.ledger import Reader, VersionRow
+    from kbsync.ledger import ModelRow, Reader, VersionRow
 
 __all__ = ["app"]
 
@@ -25,21 +26,35 @@ app = typer.Typer()
 
 @app.command()
 def log(root: Root = Path(), as_json: AsJson = False) -> None:
-    """List the versions of the model, newest first, and which one is live."""
+    """List the versions of the model, newest first, which one HEAD is, and which are live or have another name."""
     with reading(root) as (workspace, db):
         model = required_model(workspace, db)
+        named = _named(db, model)
         found = sorted(db.versions(model.id), key=lambda version: -version.number)
         holding = {version.number: len(db.applied(model.id, version.number)) for version in found}
         restorable = db.restorable(model.id)
     if as_json:
-        rows = [_version_json(version, holding[version.number], model.head) for version in found]
+        rows = [_version_json(version, holding[version.number], named[version.number]) for version in found]
         return emit([row | {"restorable": row["number"] in restorable} for row in rows])
     table(
         f"versions of {model.id}",
-        ("", "version", "on", "facts", "new", "made", "weights", "effic.", "para.", "spec. drop", "drift", "reason"),
+        (
+            "",
+            "version",
+            "on",
+            "facts",
+            "new",
+            "made",
+            "weights",
+            "effic.",
+            "para.",
+            "spec. drop",
+            "drift",
+            "reason",
+        ),
         (
             (
-                "live" if version.number == model.head else "" if version.number in restorable else "not restorable",
+                " ".join(named[version.number]) if version.number in restorable else "not restorable",
                 version.number,
                 version.parent,
                 holding[version.number],
@@ -55,28 +70,42 @@ def log(root: Root = Path(), as_json: AsJson = False) -> None:
     return None
 
 
-def _version_json(version: VersionRow, holding: int, head: int) -> dict[str, Any]:
+def _named(db: Reader, model: ModelRow) -> Mapping[int, list[str]]:
+    """Version -> what it is called: HEAD, aliases."""
+    from kbsync.ledger.aliases import HEAD
+
+    found: dict[int, list[str]] = defaultdict(list)
+    for name, number in {HEAD: model.head, **db.aliases(model.id)}.items():
+        found[number].append(name)
+    return found
+
+
+def _version_json(version: VersionRow, holding: int, named: Sequence[str]) -> dict[str, Any]:
     probe = {name: value for name, value in (version.probe or {}).items() if name != "facts"}
-    return asdict(version) | {"probe": probe, "holds": holding, "live": version.number == head}
+    return asdict(version) | {"probe": probe, "holds": holding, "named": named, "live": "live" in named}
 
 
 @app.command()
 def show(
-    version: Annotated[int, typer.Argument(help="Its number.", min=0)], root: Root = Path(), as_json: AsJson = False
+    version: Annotated[str, typer.Argument(help="Its number, an alias such as live, or HEAD.")],
+    root: Root = Path(),
+    as_json: AsJson = False,
 ) -> None:
     """Show one version: what it put in, what its probe measured, its files."""
     with reading(root) as (workspace, db):
         model = required_model(workspace, db)
-        row, held = db.version(model.id, version), db.applied(model.id, version)
+        row = db.version(model.id, db.number_of(model.id, version))
+        held, named = db.applied(model.id, row.number), _named(db, model)[row.number]
         before = db.applied(model.id, row.parent) if row.parent is not None else {}
-        active = [entry.model_dump(by_alias=True) for entry in db.active(model.id, version)]
-        restorable = version in db.restorable(model.id)
+        active = [entry.model_dump(by_alias=True) for entry in db.active(model.id, row.number)]
+        restorable = row.number in db.restorable(model.id)
     difference = _difference(before, held)
     if as_json:
-        return emit(
-            asdict(row) | {"active": active, "changes": difference, "holds": len(held), "restorable": restorable}
-        )
+        more = {"active": active, "changes": difference, "holds": len(held), "restorable": restorable, "named": named}
+        return emit(asdict(row) | more)
     say(f"[bold]version {row.number}[/] of {escape(model.id)}: {row.kind} on {row.parent}, {short(row.created_at)}")
+    if named:
+        say(f"  is {' and '.join(named)}")
     say(f"  {escape(row.reason)}  by {escape(row.user)}  run {row.run_id}")
     say(f"  weights {row.weights_sha256}")
     say(f"  {probe_line(row.probe)}")
@@ -90,16 +119,15 @@ def show(
 
 @app.command()
 def diff(
-    one: Annotated[int, typer.Argument(metavar="V1", min=0, help="From this version")],
-    other: Annotated[int, typer.Argument(metavar="V2", min=0, help="to this one.")],
+    first: Annotated[str, typer.Argument(metavar="V1", help="From this version (a number, an alias, HEAD)")],
+    second: Annotated[str, typer.Argument(metavar="V2", help="to this one.")],
     root: Root = Path(),
     as_json: AsJson = False,
 ) -> None:
     """Show in which facts two versions differ, and how far their weights are from each other."""
     with reading(root) as (workspace, db):
         model = required_model(workspace, db)
-        for number in (one, other):
-            db.version(model.id, number)
+        one, other = db.number_of(model.id, first), db.number_of(model.id, second)
         difference = _difference(db.applied(model.id, one), db.applied(model.id, other))
         lost = {one, other} - db.restorable(model.id)
         weights = None if lost else _weights(workspace, db, model.id, one, other)

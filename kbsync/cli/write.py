@@ -1,4 +1,4 @@
-"""The commands that change the ledger or the live version. While the daemon runs they are handed to it."""
+"""The commands that change the ledger or HEAD. While the daemon runs they are handed to it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from kbsync.cli.common import AsJson, Root, bars, counted, emit, probe_line, say, user
+from kbsync.cli.read import model_row, reading
 
 __all__ = ["app", "find_key", "passes", "perform", "say_report"]
 
@@ -87,17 +88,22 @@ def sync(
 
 @app.command()
 def rollback(
-    to: Annotated[int, typer.Option("--to", help="The version to go back to; 0 is the pristine model.", min=0)],
+    to: Annotated[
+        str, typer.Option("--to", help="The version to go back to: a number or an alias; 0 is the pristine model.")
+    ],
     root: Root = Path(),
     reason: Reason = "",
     as_json: AsJson = False,
 ) -> None:
-    """Make an earlier version live again. What that takes out is held until `kbsync release`."""
+    """Move HEAD back to an earlier version. What that takes out is held until `kbsync release`."""
     done = perform("rollback", {"to": to, "reason": reason}, root)
     if as_json:
         return emit(done)
-    say(f"version [bold]{done['version']}[/] is live (was {done['from']}), weights {str(done['weights_sha256'])[:12]}")
+    what = "live" if done["live"] == done["version"] else "HEAD"
+    weights = str(done["weights_sha256"])[:12]
+    say(f"version [bold]{done['version']}[/] is {what} (was {done['from']}), weights {weights}")
     _say_held(done)
+    say_live(root)
     return None
 
 
@@ -128,11 +134,12 @@ def revert(
     done = perform("revert", arguments, root)
     if as_json:
         return emit(done)
-    how = f"a rebase: {done['rebase']}" if done["rebase"] else "on the live version"
+    how = f"a rebase: {done['rebase']}" if done["rebase"] else "on HEAD"
     say(f"{len(done['taken_out'])} facts taken out, {len(done['put_back'])} put back ({escape(how)})")
     if not dry_run:
         _say_version(done)
         _say_held(done)
+        say_live(root)
     return None
 
 
@@ -160,7 +167,9 @@ def rebase(
     if dry_run:
         return _say_forecast(done)
     _say_version(done)
-    if "change" in done:
+    if "change" not in done:
+        say_live(root)
+    else:
         say(f"{escape(done['from'])} stays as it is. To follow the new line, write into kbsync.yaml:")
         say(escape(done["change"]))
     return None
@@ -169,7 +178,7 @@ def rebase(
 def _say_version(done: dict[str, Any]) -> None:
     """What came of a command that makes a version."""
     weights = str(done["weights_sha256"])[:12]
-    said = f"version [bold]{done['version']}[/] is live" if done["version"] is not None else "no new version: the same"
+    said = f"version [bold]{done['version']}[/] is HEAD" if done["version"] is not None else "no new version: the same"
     say(f"{said}, weights {weights}")
     say(f"  {probe_line(done['probe'])}")
     for name, what in (("failed", "held"), ("lost", "no longer answered")):
@@ -266,6 +275,8 @@ def passes(command: str, arguments: dict[str, Any], root: Path, as_json: bool) -
     else:
         for report in done["reports"]:
             say_report(report)
+        if any(report["versions"] for report in done["reports"]):
+            say_live(root)
     if code := _gravest(done["reports"]):
         raise typer.Exit(code)
 
@@ -364,6 +375,16 @@ def _say_plan(plan: dict[str, Any], rebase: str | None) -> None:
     for no in plan["blocked"]:
         what = f"{no['relation']} of {no['subject_id']}: {no['reason']}"
         say(f"    [yellow]blocked[/]     {escape(what)}")
+
+
+def say_live(root: Path) -> None:
+    """Where `live` does not follow HEAD, which version is served all the same."""
+    with reading(root) as (workspace, db):
+        if (model := model_row(workspace, db)) is None:
+            return
+        live = db.pinned(model.id).get("live")
+    if live not in (None, model.head):
+        say(f"[yellow]live stays at version {live}[/]; `kbsync promote {model.head}` serves version {model.head}")
 
 
 def _say_held(done: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from kbsync.catalog import Catalog, load_catalog
-from kbsync.commands import UNDO, execute
+from kbsync.commands import BESIDE, UNDO, execute
 from kbsync.config import Workspace
 from kbsync.control import serve
 from kbsync.daemon.chores import CHORES, Chore
@@ -228,6 +228,8 @@ class Daemon:
         """A write command from the control socket. An undo goes before the work that is running."""
         if self._stopping.is_set():
             raise Busy("the daemon is stopping", hint="give the command again in a moment")
+        if command in BESIDE:
+            return self._execute(command, arguments, user, progress)
         undo = command in UNDO
         if undo:
             self._undoing += 1
@@ -237,15 +239,18 @@ class Daemon:
                 self._undoing -= 1
             if not self._undoing:
                 self._cancelled.clear()
-            log.info("command", command=command, user=user)
-            try:
-                return execute(self._reconciler(user, progress), command, arguments)
-            except KbsyncError:
-                raise
-            except Exception as error:
-                # Where, not what: the text of a foreign error may have a secret in it, and its traceback, too.
-                log.error("command_failed", command=command, problem=place_of(error))
-                raise KbsyncError(f"{command}: {place_of(error)}", hint="this is a mistake in kbsync") from error
+            return self._execute(command, arguments, user, progress)
+
+    def _execute(self, command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
+        log.info("command", command=command, user=user)
+        try:
+            return execute(self._reconciler(user, progress), command, arguments)
+        except KbsyncError:
+            raise
+        except Exception as error:
+            # Where, not what: the text of a foreign error may have a secret in it, and its traceback, too.
+            log.error("command_failed", command=command, problem=place_of(error))
+            raise KbsyncError(f"{command}: {place_of(error)}", hint="this is a mistake in kbsync") from error
 
     def _reconciler(self, user: str, progress: Progress) -> Reconciler:
         return Reconciler(self._workspace, self._catalog, self._ledger, user, progress, self._cancelled)

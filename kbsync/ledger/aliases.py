@@ -14,11 +14,12 @@ from kbsync.ledger.audit import Auditor
 from kbsync.ledger.read_versions import VersionReader
 from kbsync.ledger.records import PromotionKind, PromotionRow
 
-__all__ = ["LIVE", "PromotionReader", "PromotionWriter"]
+__all__ = ["HEAD", "LIVE", "PromotionReader", "PromotionWriter"]
 
 LIVE = "live"
 """The alias of what is served. Where nothing is promoted to it, it follows HEAD."""
 HEAD = "HEAD"
+"""What edits build on; no alias."""
 
 
 class PromotionReader(VersionReader):

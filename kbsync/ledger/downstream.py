@@ -10,6 +10,7 @@ from sqlalchemy import Text, select, type_coerce
 
 from kbsync.facts import Applied, FactKey
 from kbsync.ledger import schema
+from kbsync.ledger.aliases import LIVE
 from kbsync.ledger.columns import canonical
 from kbsync.ledger.links import EARLIER, ColumnLink, Measured, PlanLink, minute
 from kbsync.ledger.reader import Reader
@@ -27,11 +28,12 @@ class Weights:
     def __init__(self, db: Reader, model: str | None, key: FactKey, ids: Collection[str]) -> None:
         self.db, self.model, self.key, self.ids = db, model, key, ids
         self.head = db.head(model) if model else 0
+        self.live = db.aliases(model)[LIVE] if model else 0
         places = db.placements(ids, model) if model else []
         self.places = [place for place in places if place.applied.request.key.relation == key.relation]
 
-    def live(self) -> Placement | None:
-        """The column in the live version."""
+    def held(self) -> Placement | None:
+        """The column in HEAD."""
         return next((place for place in self.places if self.head in place.versions), None)
 
     def hold(self) -> HoldRow | None:
@@ -41,7 +43,7 @@ class Weights:
         return next(ours, None)
 
     def column(self, place: Placement) -> ColumnLink:
-        """A live column with the version that made it."""
+        """A column of HEAD with the version that made it."""
         applied, version = place.applied, min(place.versions)
         made = self.db.version(place.model, version)
         return ColumnLink(
@@ -56,11 +58,12 @@ class Weights:
             made.run_id,
             self._first(applied),
             self.head,
+            self.live,
             tuple(self._sharing(place)),
         )
 
     def _first(self, applied: Applied) -> int:
-        """From the live version back, parent by parent, as long as the request is held."""
+        """From HEAD back, parent by parent, as long as the request is held."""
         holding = {number for place in self.places if _same(place.applied, applied) for number in place.versions}
         parents, number = self.db.parents(self.model or ""), self.head
         while (parent := parents.get(number)) is not None and parent in holding:
@@ -128,11 +131,11 @@ def downstream(
 ) -> dict[str, Any]:
     """Plan, column and measurement as fields of a Lineage; what is missing has its reason put into `gaps`, and so has,
     under `column`, that the weights do not hold what the ledger wants."""
-    place = weights.live()
+    place = weights.held()
     if place is None or row is None or place.applied.object_id != row.fact.object.id:
         gaps["column"] = _not_in_weights(weights, row, approval, kept_out, unasked)
     if place is None:
-        gaps |= dict.fromkeys(("plan", "measured"), "the live weights hold no column for it")
+        gaps |= dict.fromkeys(("plan", "measured"), "the weights hold no column for it")
         return {}
     column = weights.column(place)
     plan, measured = weights.plan(column), weights.measured(place.applied.request.digest, column.version)
@@ -146,8 +149,8 @@ def downstream(
 def _not_in_weights(
     weights: Weights, row: FactRow | None, approval: int | None, kept_out: str, unasked: Callable[[], str]
 ) -> str:
-    """Why the live weights do not hold the ledger's fact: the first reason that applies."""
-    if row is None and approval is None and weights.live() is None:
+    """Why the weights of HEAD do not hold the ledger's fact: the first reason that applies."""
+    if row is None and approval is None and weights.held() is None:
         return "the ledger holds no such fact"
     if weights.model is None:
         return "no model follows the ledger yet: kbsync sync"
@@ -163,7 +166,7 @@ def _not_in_weights(
         return reason
     past = [place for place in weights.places if place.applied.object_id == row.fact.object.id and place.versions]
     if past:
-        return f"version {max(past[-1].versions)} holds it, but version {weights.head} is live"
+        return f"version {max(past[-1].versions)} holds it, but HEAD is version {weights.head}"
     return "not edited yet: kbsync sync"
 
 

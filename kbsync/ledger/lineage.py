@@ -48,7 +48,7 @@ class Lineage:
 
     @property
     def current(self) -> bool:
-        """Whether the live weights hold the object that the ledger wants."""
+        """Whether the weights of HEAD hold the object that the ledger wants."""
         wanted, held = self.fact, self.column
         return wanted is not None and held is not None and held.object_id == wanted.fact.object.id
 

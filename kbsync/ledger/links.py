@@ -67,7 +67,7 @@ class PlanLink:
 
 @dataclass(frozen=True, slots=True)
 class ColumnLink:
-    """The column that holds a fact in the live weights. `version` made it; `first` is the version since which the
+    """The column that holds a fact in the weights of `head`. `version` made it; `first` is the version since which the
     weights hold this very request without a break; `shared`: other keys that the column serves."""
 
     delta: str
@@ -81,6 +81,7 @@ class ColumnLink:
     run_id: int | None
     first: int
     head: int
+    live: int
     shared: tuple[FactKey, ...]
 
 

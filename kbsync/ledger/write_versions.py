@@ -115,7 +115,7 @@ class VersionWriter(VersionReader, Auditor):
         self.audit(user, "move head", {"model": model, "from": before, "to": number, "reason": reason})
 
     def retire(self, model: str, *, user: str, reason: str) -> None:
-        """Give up a model's versions so far: its pristine base is live, and no file of theirs has to be kept."""
+        """Give up a model's versions so far: HEAD is its pristine base, and no file of theirs has to be kept."""
         newest = self.versions(model)[-1].number
         self.move_head(model, 0, user=user, reason=reason)
         self.audit(user, RETIRE, {"model": model, "version": newest, "reason": reason})

@@ -17,7 +17,16 @@ from pathlib import Path
 
 from kbsync.errors import StoreError
 
-__all__ = ["TEMPORARY", "delta_file", "require_space", "sha256_of", "sweep_temporary", "sync_folder", "write_durably"]
+__all__ = [
+    "TEMPORARY",
+    "delta_file",
+    "remove_durably",
+    "require_space",
+    "sha256_of",
+    "sweep_temporary",
+    "sync_folder",
+    "write_durably",
+]
 
 TEMPORARY = ".tmp-"
 """How the names of unfinished files begin."""
@@ -73,6 +82,17 @@ def _fill_and_rename(temporary: Path, path: Path, data: bytes | Callable[[Path],
     temporary.replace(path)
     sync_folder(path.parent)
     return digest
+
+
+def remove_durably(path: Path) -> None:
+    """Remove a file, for good once this returns; one that is not there is no error. Raises StoreError naming `path`."""
+    try:
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be removed: {error.strerror or error}", hint="see to the permissions of that folder"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

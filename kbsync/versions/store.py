@@ -1,8 +1,12 @@
-"""The version store: deltas by content, manifests by number, HEAD. Torch-free.
+"""The version store: deltas by content, manifests by number, HEAD, aliases. Torch-free.
 
     data/deltas/sha256/<hex>.safetensors     immutable, shared by all models
     data/versions/<model>/000007.json        manifest
-    data/versions/<model>/HEAD               the live number; derived from the ledger, put right at every start
+    data/versions/<model>/HEAD               the number that edits build on
+    data/versions/<model>/aliases/<name>     the number that an alias names; `live` is always there
+
+HEAD and aliases are derived from the ledger and put right at every start; each is replaced atomically, so that a server
+may watch it.
 
 The ledger's row is what publishes a version. So files are written before it, a file that no row names is harmless, and
 a row that names a missing or altered file is what `verify` finds.
@@ -13,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +26,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from kbsync.errors import StoreError
-from kbsync.versions.files import delta_file, sha256_of, write_durably
+from kbsync.versions.files import delta_file, remove_durably, sha256_of, write_durably
 from kbsync.versions.manifest import ActiveDelta, Manifest
 
 __all__ = ["ORPHAN_AGE", "Problem", "VersionRecord", "VersionStore", "named", "stray_targets"]
@@ -121,34 +125,58 @@ class VersionStore:
             return
         active = self.manifest(number, sha256).active
         for problem in self.verify([VersionRecord(number, sha256, active)]):
-            raise StoreError(str(problem), hint="roll back to another version: kbsync log")
+            raise StoreError(str(problem), hint="choose another version: kbsync log")
 
     def write_head(self, number: int) -> None:
         """Replace HEAD. Raises StoreError where the disk refuses."""
-        write_durably(self.folder / "HEAD", f"{number}\n".encode())
+        write_durably(self._head, _pointer(number))
+
+    def write_aliases(self, aliases: Mapping[str, int]) -> None:
+        """Let the files of aliases be these: one that names another version is replaced, one that is over removed.
+        Raises StoreError where the disk refuses."""
+        for name, number in aliases.items():
+            path = self._aliases / name
+            if not _says(path, number):  # one that does is left alone: who watches it would wake up
+                write_durably(path, _pointer(number))
+        for path in self._aliases.iterdir():
+            if path.name not in aliases:
+                remove_durably(path)
 
     def head(self) -> int | None:
-        """The live version by HEAD, None where there is no HEAD yet. Raises StoreError for a damaged one."""
-        path = self.folder / "HEAD"
-        if not path.exists():
-            return None
-        text = _read(path).decode(errors="replace").strip()
-        if not text.isdecimal():
-            raise StoreError(
-                f"{path}: {text!r} is no version number", hint="kbsync sync writes it anew from the ledger"
-            )
-        return int(text)
+        """The version that edits build on, by HEAD; None where there is no HEAD yet. Raises StoreError for a damaged
+        one."""
+        return _number(self._head) if self._head.exists() else None
+
+    def aliases(self) -> dict[str, int]:
+        """Alias -> the version that it names, by the files. Raises StoreError for a damaged one."""
+        return {path.name: _number(path) for path in sorted(self._aliases.glob("[a-z]*"))}
+
+    @property
+    def _head(self) -> Path:
+        return self.folder / "HEAD"
+
+    @property
+    def _aliases(self) -> Path:
+        return self.folder / "aliases"
 
     def verify(
-        self, records: Sequence[VersionRecord], *, head: int | None = None, files: Collection[str] | None = None
+        self,
+        records: Sequence[VersionRecord],
+        *,
+        head: int | None = None,
+        aliases: Mapping[str, int] | None = None,
+        files: Collection[str] | None = None,
     ) -> list[Problem]:
-        """Read every file again that the ledger's records name, and say what is wrong. `head`: the ledger's, if HEAD
-        is to be compared. `files`: of the deltas, those that have to be there (None: all). Reads each delta once.
-        Weights are compared by `kbsync.versions.weights`."""
+        """Read every file again that the ledger's records name, and say what is wrong. `head`, `aliases`: the ledger's,
+        if their files are to be compared. `files`: of the deltas, those that have to be there (None: all). Reads each
+        delta once. Weights are compared by `kbsync.versions.weights`."""
         problems = [problem for record in records for problem in self._verify_manifest(record)]
         problems += self._verify_deltas(records, files)
         if head is not None:
-            problems += self._verify_head(head)
+            problems += _verify_pointer(self._head, head)
+        if aliases is not None and self._aliases.is_dir():  # an earlier kbsync wrote none
+            for name in sorted({*aliases, *(path.name for path in self._aliases.glob("[a-z]*"))}):
+                problems += _verify_pointer(self._aliases / name, aliases.get(name))
         return problems
 
     def _verify_manifest(self, record: VersionRecord) -> Iterator[Problem]:
@@ -177,16 +205,6 @@ class VersionStore:
                 continue
             if found != sha256:
                 yield Problem(path, f"damaged, its sha256 is now {found}", tuple(versions))
-
-    def _verify_head(self, head: int) -> Iterator[Problem]:
-        path = self.folder / "HEAD"
-        try:
-            found = self.head()
-        except StoreError as error:
-            yield Problem(path, error.message.removeprefix(f"{path}: "))
-            return
-        if found != head:
-            yield Problem(path, f"names version {found}, the ledger {head}")
 
     def orphans(
         self, live: Collection[str], numbers: Collection[int], *, older_than: timedelta = ORPHAN_AGE
@@ -224,6 +242,40 @@ def _header(path: Path) -> dict[str, Any]:
 def named(active: Iterable[ActiveDelta]) -> set[str]:
     """The sha256 of every file that these active deltas name, corrections too."""
     return {sha256 for entry in active for sha256 in (entry.delta, entry.corrections) if sha256 is not None}
+
+
+def _pointer(number: int) -> bytes:
+    """What a file that names a version has in it."""
+    return f"{number}\n".encode()
+
+
+def _number(path: Path) -> int:
+    text = _read(path).decode(errors="replace").strip()
+    if not text.isdecimal():
+        raise StoreError(f"{path}: {text!r} is no version number", hint="kbsync sync writes it anew from the ledger")
+    return int(text)
+
+
+def _says(path: Path, number: int) -> bool:
+    try:
+        return path.read_bytes() == _pointer(number)
+    except OSError:
+        return False
+
+
+def _verify_pointer(path: Path, wanted: int | None) -> Iterator[Problem]:
+    """Whether HEAD or the file of an alias is as the ledger says; `wanted` None: there is to be none."""
+    try:
+        found = _number(path) if path.exists() else None
+    except StoreError as error:
+        yield Problem(path, error.message.removeprefix(f"{path}: "))
+        return
+    if found != wanted:
+        yield Problem(path, f"names {_said(found)}, the ledger {_said(wanted)}")
+
+
+def _said(number: int | None) -> str:
+    return "none" if number is None else f"version {number}"
 
 
 def _read(path: Path) -> bytes:
