@@ -60,6 +60,7 @@ def test_the_shared_words_import_nothing_of_ours(name: str) -> None:
         "kbsync.plan_document",
         "kbsync.gate",
         "kbsync.culprits",
+        "kbsync.bisect",
         "kbsync.strategy",
     ],
 )

@@ -13,6 +13,7 @@ from rich.markup import escape
 from kbsync.cli import (
     aliases,
     bench,
+    bisect,
     blame,
     daemon,
     decide,
@@ -45,7 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 operations = (setup, write, aliases, decide, status, model, ledger, daemon)
-questions = (versions, facts, history, blame, freshness, read)
+questions = (versions, facts, history, blame, bisect, freshness, read)
 for part in (*operations, *questions, demo, bench, study, evaluate):
     app.add_typer(part.app)
 
