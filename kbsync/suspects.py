@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kbsync.bisect import Probe, Search
 from kbsync.config import Workspace
 from kbsync.errors import KbsyncError, StoreError, UsageError
 from kbsync.facts import Applied, FactKey
 from kbsync.ledger import Ledger
+from kbsync.ledger.aliases import LIVE
 from kbsync.progress import Progress, silent
 from kbsync.serving import Versions
 from kbsync.versions.manifest import ActiveDelta, Manifest
@@ -38,26 +39,28 @@ def find_broken(
     ledger: Ledger,
     probes: Sequence[Probe],
     *,
-    good: int | None = None,
-    bad: int | Literal["live"] = "live",
+    good: int | str | None = None,
+    bad: int | str = LIVE,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """The first version between `good` and `bad` that does not answer all probes. Without `good` one is looked for.
+    """The first version between `good` and `bad` (numbers or aliases) that does not answer all probes. Without `good`
+    one is looked for.
 
     Raises UsageError where no such version is there or `bad` was not made on `good`, and where `bad` answers right or
     none answers right; ModelError and BaseMismatch as `Versions.open` does.
     """
     versions = Versions.open(workspace, ledger)
     path = _path(versions, bad)
-    if good is not None and good not in path[:-1]:
-        raise UsageError(f"version {path[-1]} was not made on version {good}", hint=f"one of: {_listed(path[:-1])}")
+    start = None if good is None else _number(versions, good)
+    if start is not None and start not in path[:-1]:
+        raise UsageError(f"version {path[-1]} was not made on version {start}", hint=f"one of: {_listed(path[:-1])}")
     asker = _Asker(versions, probes)
-    search = Search(len(path) - 1, None if good is None else path.index(good))
+    search = Search(len(path) - 1, None if start is None else path.index(start))
     while (index := search.candidate) is not None:
         search.told(asker.right(path[index]))
         progress("versions", len(search.answers), len(path))
     if search.outcome != "found":
-        raise _not_found(search, path, good, asker)
+        raise _not_found(search, path, start, asker)
     before, broke = path[search.good], path[search.bad]
     return {
         "probes": [{"prompt": probe.prompt, "expected": probe.expected} for probe in probes],
@@ -71,13 +74,17 @@ def find_broken(
     }
 
 
-def _path(versions: Versions, bad: int | Literal["live"]) -> list[int]:
+def _number(versions: Versions, version: int | str) -> int:
+    """The number of what is called `version`."""
+    row = versions.row(version)
+    return row.number if row else 0
+
+
+def _path(versions: Versions, bad: int | str) -> list[int]:
     """The versions that `bad` was made on, oldest first, and itself."""
-    row = versions.row(bad)
-    number = row.number if row else 0
+    path = [_number(versions, bad)]
     with versions.ledger.read() as db:
-        parents = db.parents(versions.model) if row else {}
-    path = [number]
+        parents = db.parents(versions.model) if path[0] else {}
     while path[-1] in parents:
         path.append(parents[path[-1]])
     return path[::-1]
@@ -134,14 +141,15 @@ class _Asker:
         return self._base
 
     def manifest(self, number: int) -> Manifest | None:
-        """What a version holds; None for the pristine base. Raises StoreError where its file is gone or altered."""
+        """What a version holds; None for the pristine base. Raises UsageError where it is not restorable, StoreError
+        where its file is gone or altered."""
         row = self.versions.row(number)
         if row is None or row.manifest_sha256 is None:
             return None
         return self.versions.store.manifest(number, row.manifest_sha256)
 
     def matrices(self, number: int) -> dict[str, Tensor]:
-        """A version's edited matrices. Raises StoreError where it is not restorable."""
+        """A version's edited matrices. Raises as `manifest` does."""
         from kbsync.versions.delta import read_delta
         from kbsync.versions.export import version_matrices
 
@@ -154,7 +162,7 @@ class _Asker:
         """Whether a version answers all probes; None where it cannot be put together any more."""
         try:
             matrices = self.matrices(number)
-        except StoreError as error:
+        except (StoreError, UsageError) as error:
             self.said[number] = {"version": number, "right": None, "problem": error.message}
             return None
         answers = self.ask(matrices)

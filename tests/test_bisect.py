@@ -72,6 +72,7 @@ def test_the_version_and_the_fact_that_broke_an_answer_are_found(
     assert (deneb["subject"], deneb["before"], deneb["after"]) == ("Deneb", None, "Paris")
     assert vega["influence"] + deneb["influence"] == pytest.approx(1)
     assert vega["influence"] > deneb["influence"]
+    assert (vega["without"], deneb["without"]) == (True, False)
     said = {row["version"]: row["answers"][0] for row in result["asked"]}
     assert said[2]["right"]
     assert said[2]["probability"] > said[3]["probability"]
@@ -114,8 +115,8 @@ def test_a_version_that_cannot_be_put_together_is_skipped(
     [
         (("--bad", "2"), "version 2 answers as expected"),
         (("--good", "3"), "version 3 does not answer as expected either"),
-        (("--good", "7"), "version 4 was not made on version 7"),
-        (("--bad", "9"), "there is no version 9"),
+        (("--good", "4", "--bad", "3"), "version 3 was not made on version 4"),
+        (("--bad", "9"), "there is no such version"),
         (("--bad", "1", "--probe", "Where is Sirius => French"), "no version up to 1"),
     ],
 )

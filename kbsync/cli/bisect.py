@@ -9,7 +9,6 @@ import typer
 from rich.markup import escape
 
 from kbsync.cli.common import AsJson, Root, bars, counted, emit, opened, say, table
-from kbsync.cli.model import version_number
 from kbsync.cli.read import short
 
 __all__ = ["app"]
@@ -29,9 +28,9 @@ def bisect(
         ),
     ],
     good: Annotated[
-        int | None, typer.Option("--good", help="A version that answers right; default: one is looked for.", min=0)
+        str | None, typer.Option("--good", help="A version that answers right; default: one is looked for.")
     ] = None,
-    bad: Annotated[str, typer.Option("--bad", help="A version that does not: live or a number.")] = "live",
+    bad: Annotated[str, typer.Option("--bad", help="A version that does not: a number, an alias, HEAD.")] = "live",
     root: Root = Path(),
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +40,7 @@ def bisect(
 
     wanted = [Probe.parse(text) for text in probes]
     with opened(root) as (workspace, ledger), bars() as progress:
-        found = find_broken(workspace, ledger, wanted, good=good, bad=version_number(bad), progress=progress)
+        found = find_broken(workspace, ledger, wanted, good=good, bad=bad, progress=progress)
     if as_json:
         return emit(found)
     _say(found)
