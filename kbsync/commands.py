@@ -12,14 +12,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from kbsync.aliases import demote, promote
 from kbsync.config import Workspace
 from kbsync.control import call
-from kbsync.errors import Busy, UsageError
+from kbsync.errors import Busy, KbsyncError, UsageError
 from kbsync.facts import FactKey
 from kbsync.garbage import collect, retire
 from kbsync.ledger.aliases import LIVE
 from kbsync.lock import writer_lock
+from kbsync.notify.outbox import deliver, try_channel
 from kbsync.plan_document import PlanDocument, read_plans
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast, rebase
@@ -29,6 +32,8 @@ from kbsync.rulings import Choice, rule, unrule
 from kbsync.undo import release, revert_fact, revert_version, rollback
 
 __all__ = ["BESIDE", "COMMANDS", "UNDO", "execute", "perform"]
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +143,12 @@ def _retire(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, A
     return retire(reconciler.workspace, reconciler.ledger, arguments["model"], user=reconciler.user, reason=reason)
 
 
+def _test_channel(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    channel = arguments["channel"]
+    try_channel(reconciler.workspace, reconciler.ledger, channel)
+    return {"channel": channel, "delivered": True}
+
+
 COMMANDS = {
     "sync": _Command(_sync),
     "plan": _Command(_plan),
@@ -153,6 +164,7 @@ COMMANDS = {
     "revert": _Command(_revert, (("version", "key"),)),
     "rebase": _Command(_rebase),
     "release": _Command(_release),
+    "test_channel": _Command(_test_channel, (("channel",),)),
     "gc": _Command(_gc, (("older_than",),)),
     "retire": _Command(_retire, (("model",),)),
 }
@@ -190,8 +202,19 @@ def perform(
             it.ledger.led(),
         ):
             it.recover()
-            return execute(it, command, arguments)
+            try:
+                return execute(it, command, arguments)
+            finally:
+                _deliver(it)
     except Busy:
         if not workspace.socket.exists():
             raise  # whoever holds it is no daemon of this workspace
         return call(workspace.socket, command, arguments, user=user, progress=progress)
+
+
+def _deliver(reconciler: Reconciler) -> None:
+    """Send what the command has left to be told: where that fails, the next command or the daemon does it."""
+    try:
+        deliver(reconciler.workspace, reconciler.ledger)
+    except KbsyncError as error:
+        log.warning("notices_not_sent", problem=error.message)

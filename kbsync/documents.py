@@ -92,10 +92,13 @@ class Document:
 
     def _known(self, loc: KeyPath, *, missing: bool) -> KeyPath:
         """`loc` without what pydantic adds for unions and validators; a missing key keeps its own name."""
-        for length in range(len(loc), 0, -1):
-            if loc[:length] in self.lines:
-                return loc if missing and length == len(loc) - 1 else loc[:length]
-        return loc
+        known: KeyPath = ()
+        for part in loc:
+            if (*known, part) in self.lines:
+                known = (*known, part)
+        if not known:
+            return loc
+        return (*known, loc[-1]) if missing and known[-1] != loc[-1] else known
 
 
 def read_document(path: Path) -> Document:

@@ -35,7 +35,10 @@ from kbsync.gate import shortfalls_by_policy
 from kbsync.intake import Intake, take_in
 from kbsync.ledger import Ledger
 from kbsync.ledger.reader import Reader
+from kbsync.ledger.writer import Writer
 from kbsync.line import Line
+from kbsync.notify.outbox import enroll
+from kbsync.notify.telling import tell_conflicts, tell_end, tell_refused
 from kbsync.observe import observe
 from kbsync.plan import check_edits
 from kbsync.plan_document import PlanDocument, document_of
@@ -95,6 +98,7 @@ class Reconciler:
         holder of the writer lock, before it does anything else."""
         with self.ledger.write() as db:
             db.interrupt_runs("interrupted: the process ended; the next pass plans it again")
+        enroll(self.workspace, self.ledger)
         sweep_temporary(self.workspace.data)
 
     def line(self, workspace: Workspace | None = None) -> Line:
@@ -214,6 +218,7 @@ class Reconciler:
             db.unstage(run_id)
             db.finish_run(run_id, "rejected", reason)
             db.audit(self.user, "reject", {"run": run_id, "reason": reason})
+            tell_refused(db, held.policy, run_id)
         return Report(policy=held.policy, status="rejected", run_id=run_id)
 
     def take_over(self, model: str, preset: str | None, reason: str = "", *, dry: bool = False) -> dict[str, Any]:
@@ -325,6 +330,7 @@ class Reconciler:
                 db.rollback()
             else:
                 db.resume_run(run)
+                tell_conflicts(db, policy, run)
                 db.supersede(run, {snapshot.source for snapshot in snapshots})
                 db.release(line.model, plan.ended_holds)
                 if review is not None and review.refused:
@@ -381,6 +387,7 @@ class Reconciler:
         with self.ledger.write() as db:
             db.stage(run, snapshots, document, report.document.digest, list(report.reasons))
             db.finish_run(run, "held", "; ".join(report.reasons), report.counts)
+            self._tell(db, run, "held", "; ".join(report.reasons))
 
     def _outside_window(self) -> bool:
         window = self.workspace.edit_window
@@ -414,7 +421,13 @@ class Reconciler:
     def _end(self, run_id: int, status: Any, message: str, counts: Mapping[str, int] | None = None) -> None:
         with self.ledger.write() as db:
             db.finish_run(run_id, status, message, counts or {})
+            self._tell(db, run_id, status, message)
         log.info("run_finished", run=run_id, status=status, message=message, **(counts or {}))
+
+    def _tell(self, db: Writer, run_id: int, status: str, message: str) -> None:
+        policy = db.run(run_id).policy
+        if policy is not None:
+            tell_end(db, policy, run_id, status, message, self.workspace.settings.notify.failures)
 
 
 @dataclass(frozen=True, slots=True)

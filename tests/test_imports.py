@@ -95,6 +95,7 @@ LIGHT = [
     ["check"],
     ["status"],
     ["freshness"],
+    ["notices"],
     ["facts"],
     ["facts", "--csv"],
     ["entity", "Vega"],

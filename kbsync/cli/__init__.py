@@ -24,6 +24,7 @@ from kbsync.cli import (
     history,
     ledger,
     model,
+    notices,
     read,
     setup,
     status,
@@ -45,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-operations = (setup, write, aliases, decide, status, model, ledger, daemon)
+operations = (setup, write, aliases, decide, status, model, ledger, notices, daemon)
 questions = (versions, facts, history, blame, bisect, freshness, read)
 for part in (*operations, *questions, demo, bench, study, evaluate):
     app.add_typer(part.app)

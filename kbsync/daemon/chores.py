@@ -14,6 +14,8 @@ from datetime import timedelta
 import structlog
 
 from kbsync.garbage import collect
+from kbsync.notify.outbox import deliver
+from kbsync.notify.telling import tell_freshness
 from kbsync.reconcile import Reconciler
 from kbsync.versions.store import ORPHAN_AGE
 
@@ -40,7 +42,17 @@ def _retain(reconciler: Reconciler) -> None:
         log.info("garbage_collected", files=len(done["files"]), bytes=done["bytes"], dropped=len(done["dropped"]))
 
 
+def _tell_freshness(reconciler: Reconciler) -> None:
+    tell_freshness(reconciler.ledger, reconciler.catalog)
+
+
+def _deliver(reconciler: Reconciler) -> None:
+    deliver(reconciler.workspace, reconciler.ledger)
+
+
 CHORES: Sequence[Chore] = (
+    Chore("freshness", timedelta(minutes=1), _tell_freshness),
+    Chore("notify", timedelta(seconds=15), _deliver),
     # Four times a day, so that it happens daily though the daemon is started anew each morning.
     Chore("retention", timedelta(hours=6), _retain, alone=True),
 )

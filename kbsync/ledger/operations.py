@@ -18,6 +18,7 @@ __all__ = [
     "NOTICE_KINDS",
     "PROMOTION_KINDS",
     "Arrival",
+    "Channel",
     "Delivery",
     "DroppedDelta",
     "FactCheck",
@@ -61,6 +62,15 @@ class Delivery(LedgerTable, table=True):
     next_at: datetime | None = time()
     delivered_at: datetime | None = time()
     error: str = text()
+
+
+class Channel(LedgerTable, table=True):
+    """A channel that notices go out on. `seen`: the newest notice that it was considered for, 0 before the first;
+    `stopped`: why nothing is sent there any more, empty while it is."""
+
+    name: str = text(primary_key=True)
+    seen: int
+    stopped: str = text()
 
 
 class Promotion(LedgerTable, table=True):

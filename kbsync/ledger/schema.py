@@ -495,6 +495,6 @@ model, version, version_delta = _core("model"), _core("version"), _core("version
 delta_fact, head, hold = _core("delta_fact"), _core("head"), _core("hold")
 known, rejected_plan, probe_result = _core("known"), _core("rejected_plan"), _core("probe_result")
 source_state, schedule_state, audit = _core("source_state"), _core("schedule_state"), _core("audit")
-notice, delivery, promotion = _core("notice"), _core("delivery"), _core("promotion")
+notice, delivery, channel, promotion = _core("notice"), _core("delivery"), _core("channel"), _core("promotion")
 dropped_delta, fact_check, arrival = _core("dropped_delta"), _core("fact_check"), _core("arrival")
 phase, source_answer, heartbeat = _core("phase"), _core("source_answer"), _core("heartbeat")

@@ -90,6 +90,14 @@ def _notices() -> None:
         sqlite_strict=True,
     )
     op.create_index("delivery_due", "delivery", ["delivered_at", "next_at"])
+    op.create_table(
+        "channel",
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("seen", sa.Integer(), nullable=False),
+        sa.Column("stopped", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="pk_channel"),
+        sqlite_strict=True,
+    )
 
 
 def _versions() -> None:
