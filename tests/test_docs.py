@@ -24,6 +24,8 @@ from kbsync.connectors.sql import SqlOptions
 from kbsync.editor.job import ExecutorSettings
 from kbsync.ledger.schema import metadata
 from kbsync.ledger.views import VIEWS
+from kbsync.notify.message import Message
+from kbsync.notify.settings import Command, Email, Notify, Webhook
 from kbsync.plan_document import PlanFile
 from kbsync.policy import Confirm, Gate, Guard, Inverse, Policy, Relation, Source
 from kbsync.strategy import Strategy
@@ -55,6 +57,10 @@ MODELS: list[type[BaseModel]] = [
     Strategy,
     Server,
     Tls,
+    Notify,
+    Webhook,
+    Command,
+    Email,
 ]
 
 
@@ -120,6 +126,11 @@ def test_every_table_and_column_of_the_ledger_is_documented() -> None:
     assert rows.keys() == tables.keys() | {view.name for view in VIEWS}
     for name, table in tables.items():
         assert [column.name for column in table.c if f"`{column.name}`" not in rows[name]] == []
+
+
+def test_every_field_of_a_notices_message_is_documented() -> None:
+    page = (ROOT / "docs" / "notices.md").read_text(encoding="utf-8")
+    assert [name for name in Message.model_fields if f"| `{name}` |" not in page] == []
 
 
 def test_the_schema_of_plan_documents_is_the_one_that_they_are_checked_by() -> None:
