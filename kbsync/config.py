@@ -155,6 +155,8 @@ class Settings(BaseSettings):
     """Variables with secrets that commands which kbsync runs may see; the others are left out of their environment."""
     grace: Annotated[Seconds, Field(gt=0)] = 30.0
     """Seconds that the daemon has for ending the current edit when it is stopped."""
+    stall: Annotated[Seconds, Field(gt=0)] = 1800.0
+    """Seconds without progress after which the daemon cancels what it does: longer than any source's `deadline`."""
     max_gpu_memory: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
     """Bytes of GPU memory that an edit may take (`20GiB`)."""
     edit_window: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -18,12 +17,11 @@ from kbsync.commands import perform
 from kbsync.config import Workspace
 from kbsync.errors import Cancelled, KbsyncError, UsageError
 from kbsync.ledger import Ledger
+from tests.daemons import PATIENCE, Running, children
 from tests.faultserver import FaultServer, answer
 from tests.workspaces import TestWorkspace, workspace
 
 STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris"}
-PATIENCE = 90.0
-"""Seconds that a step may take on a busy machine before the test gives up."""
 
 
 @pytest.fixture(scope="module")
@@ -37,35 +35,6 @@ def made(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> TestWo
     """A workspace that was never synced."""
     monkeypatch.setenv("KBSYNC_CACHE", str(cache))
     return workspace(tmp_path, STARS)
-
-
-class Running:
-    """A daemon process and the events that it has logged."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.log = root / "daemon.log"
-        with self.log.open("wb") as log:
-            command = [sys.executable, "-m", "kbsync", "daemon", "--workspace", str(root)]
-            self.process = subprocess.Popen(command, stderr=log, stdout=log)
-
-    def events(self, name: str = "") -> list[dict[str, Any]]:
-        """What it logged so far."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-        return [event for event in lines if name in ("", event["event"])]
-
-    def wait_for(self, condition: Callable[[], object]) -> None:
-        """Until `condition` holds; fails with the log where it does not in time."""
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < end, self.log.read_text()
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.1)
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and wait; the exit status."""
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
 
 
 @pytest.fixture
@@ -212,11 +181,3 @@ def test_a_sources_pause_keeps_neither_a_rollback_nor_the_end_waiting(
     with ledger.read() as db:
         assert [run.status for run in db.runs()] == ["cancelled", "cancelled"]
     ledger.close()
-
-
-def children(pid: int) -> list[int]:
-    """The live child processes of a process."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found

@@ -4,15 +4,20 @@ Schedules live in memory and are rebuilt from the policies at every start; what 
 an overdue policy runs once at start. A rollback does not wait: it cancels the running edit, which is planned again
 after it. SIGTERM and SIGINT end the current work within the grace time and exit 0 (a second one exits at once);
 SIGHUP reads the policies again, and a broken file leaves the old ones in force.
+
+systemd is told of all that, and hears from the watchdog only while the parts beat: work without progress for `stall` is
+cancelled, and where that does not end it, the beats end and systemd starts the daemon anew.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,6 +36,8 @@ from kbsync.commands import BESIDE, UNDO, execute
 from kbsync.config import Workspace
 from kbsync.control import serve
 from kbsync.daemon.chores import CHORES, Chore
+from kbsync.daemon.systemd import Manager, monotonic_usec
+from kbsync.daemon.work import Work
 from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
 from kbsync.ledger import Ledger
 from kbsync.lock import writer_lock
@@ -45,6 +52,8 @@ __all__ = ["Daemon", "run_daemon"]
 USER = "daemon"
 UNFINISHED = ("failed", "cancelled")
 """How a pass ended that the next start begins again at once."""
+AFTER_GRACE = 15.0
+"""Seconds after the grace time in which a daemon that stops still closes what it has open."""
 EVENTS = {
     EVENT_JOB_ERROR: "job_error",
     EVENT_JOB_MISSED: "job_missed",
@@ -82,6 +91,12 @@ class Daemon:
         self._wake = threading.Event()
         self._undoing = 0
         self._pulse = Pulse()
+        self._work = Work()
+        self._stalled: float | None = None
+        self._manager = Manager.from_environment()
+        self._said = ""
+        self._due: dict[str, datetime] = {}
+        """When each policy is due: the scheduler itself may hang, with its lock held, while the main loop asks."""
         self._scheduler = BackgroundScheduler(
             jobstores={"default": MemoryJobStore()},
             # "own": in the scheduler's own thread, which so beats itself, however busy the pool is.
@@ -92,6 +107,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until `stop`; on return nothing is running any more."""
+        self._tell("starting")
         self._reconciler(USER, silent).recover()
         server = serving(self._workspace, self._ledger, self._pulse)
         with self._signals(), serve(self._workspace.socket, self._handle), server:
@@ -99,15 +115,20 @@ class Daemon:
             self._schedule_all()
             self._schedule_chores()
             self._scheduler.start()
+            self._pulse.beat("scheduler")
             log.info("daemon_started", workspace=str(self._workspace.root), policies=len(self._catalog.policies))
             self._pulse.phase = "running"
+            self._tell(self._state(), READY="1")
             while not self._stopping.is_set():
-                self._wake.wait(BEAT)
+                self._wake.wait(self._beat_seconds())
                 self._wake.clear()
+                self._watch()
                 self._pulse.beat("main")
                 if self._reloading.is_set():
                     self._reloading.clear()
+                    self._tell("reading sources and policies again", RELOADING="1", MONOTONIC_USEC=monotonic_usec())
                     self.reload()
+                    self._tell(self._state(), READY="1")
             self._pulse.phase = "stopping"
             self._finish()
         log.info("daemon_stopped")
@@ -158,12 +179,74 @@ class Daemon:
         """Give the current work half of the grace time to end by itself, then cancel it: it is put back."""
         self._scheduler.shutdown(wait=False)
         grace = float(self._workspace.settings.grace)
+        doing = self._work.words()
+        status = f"stopping, waiting for the {doing}" if doing else "stopping"
+        self._tell(status, STOPPING="1", EXTEND_TIMEOUT_USEC=str(round((grace + AFTER_GRACE) * 1e6)))
         if self._working.acquire(timeout=grace / 2):
             return
         log.info("cancelling", reason="stopping")
         self._cancelled.set()
         if not self._working.acquire(timeout=grace / 2):
             log.error("work_abandoned", reason=f"did not end within {grace:g} s")
+
+    # What watches the work, and what the service manager hears ---------------------------------------------------
+
+    def _beat_seconds(self) -> float:
+        """How often the main loop comes round: at least three times within the watchdog's patience."""
+        return min(BEAT, (self._manager.watchdog or math.inf) / 3)
+
+    def _watch(self) -> None:
+        """Cancel work that stalls; let the part `work` beat unless even that did not end it; tell the manager."""
+        if not self._hung():
+            self._pulse.beat("work")
+        if self._manager.watchdog is not None and not self._pulse.stuck():
+            self._manager.say(WATCHDOG="1")
+        self._tell(self._state())
+
+    def _hung(self) -> bool:
+        """Whether the work has gone on without progress for longer than it may, though it was cancelled."""
+        limit, quiet = float(self._workspace.settings.stall), self._work.silent_for()
+        if quiet is None or quiet <= limit:
+            return False
+        if self._stalled is None:
+            self._stalled = time.monotonic()
+            self._cancelled.set()
+            problem = f"no progress for {limit:.0f} s: cancelled (`stall` in kbsync.yaml allows more)"
+            with suppress(KbsyncError):  # it may be the ledger that hangs
+                self._note_problem("work_stalled", self._work.words(), problem)
+        return time.monotonic() - self._stalled > float(self._workspace.settings.grace)
+
+    def _state(self) -> str:
+        """What is going on, or what comes next, in words."""
+        stuck = self._pulse.stuck()
+        if stuck:
+            return "stuck: " + ", ".join(f"{part} for {seconds:.0f} s" for part, seconds in stuck.items())
+        if doing := self._work.words():
+            return doing
+        due = [self._due[name] for name in self._catalog.policies if name in self._due]
+        return f"idle, next pass {min(due):%Y-%m-%d %H:%M} UTC" if due else "idle, no policy is scheduled"
+
+    def _tell(self, status: str, **fields: str) -> None:
+        """Tell the manager, but not the same status twice."""
+        if fields or status != self._said:
+            self._said = status
+            self._manager.say(**fields, STATUS=status)
+
+    @contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        """The one piece of work that goes on, once what went on before has ended."""
+        with self._working:
+            self._work.begin(what)
+            self._wake.set()
+            try:
+                yield
+            finally:
+                self._work.end()
+                self._wake.set()
+                if self._stalled is not None:
+                    self._stalled = None
+                    if not self._stopping.is_set():
+                        self._cancelled.clear()
 
     def _schedule_all(self) -> None:
         """Make the jobs those of the policies. Due now is one that never ran, one that is overdue by the ledger, and
@@ -179,6 +262,7 @@ class Daemon:
                 latest = db.runs(1, policy=name)
             unfinished = bool(latest) and latest[0].status in UNFINISHED
             first = now if unfinished else next_due(policy.schedule, state.last_started, now)
+            self._due[name] = first
             self._scheduler.add_job(
                 self._pass,
                 trigger(policy.schedule),
@@ -196,11 +280,11 @@ class Daemon:
 
     def _do(self, chore: Chore) -> None:
         """One chore; alone, or beside what else is going on."""
-        with self._working if chore.alone else nullcontext():
+        with self._doing(f"chore {chore.name}") if chore.alone else nullcontext():
             if self._stopping.is_set():
                 return
             try:
-                chore.act(self._reconciler(USER, silent))
+                chore.act(self._reconciler(USER, self._work.progress if chore.alone else silent))
             except Cancelled as error:
                 log.info("chore_put_off", chore=chore.name, reason=error.message)
             except KbsyncError as error:
@@ -210,14 +294,15 @@ class Daemon:
 
     def _pass(self, name: str) -> None:
         """One scheduled pass of a policy."""
-        with self._working:
+        with self._doing(f"pass of {name}"):
             if self._stopping.is_set() or name not in self._catalog.policies:
                 return
             try:
-                self._reconciler(USER, silent).sync([name], trigger=SCHEDULED)
+                self._reconciler(USER, self._work.progress).sync([name], trigger=SCHEDULED)
             except Cancelled as error:
                 log.info("pass_put_back", policy=name, reason=error.message)
-                self._again(name)
+                if self._stalled is None:  # what stalled may stall again: it waits for its next time
+                    self._again(name)
             except KbsyncError as error:
                 log.error("pass_failed", policy=name, problem=error.message, hint=error.hint)
             except Exception as error:
@@ -234,12 +319,12 @@ class Daemon:
         if undo:
             self._undoing += 1
             self._cancelled.set()
-        with self._working:
+        with self._doing(f"{command} by {user}"):
             if undo:
                 self._undoing -= 1
             if not self._undoing:
                 self._cancelled.clear()
-            return self._execute(command, arguments, user, progress)
+            return self._execute(command, arguments, user, self._work.watching(progress))
 
     def _execute(self, command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
         log.info("command", command=command, user=user)
@@ -266,8 +351,10 @@ class Daemon:
 
     def _note_due(self, name: str) -> None:
         job = self._scheduler.get_job(name)
+        due = job.next_run_time if job else None
+        if due is not None:
+            self._due[name] = due
         with self._ledger.write() as db:
-            due = job.next_run_time if job else None
             db.set_schedule_state(replace(db.schedule_state(name), next_due=due))
 
     def _note_event(self, event: JobEvent) -> None:

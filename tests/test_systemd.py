@@ -1,0 +1,256 @@
+"""What a real daemon tells its service manager, on a socket of the test's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kbsync.daemon.systemd import Manager
+from kbsync.daemon.work import Work
+from kbsync.ledger import Ledger
+from tests.daemons import PATIENCE, Running
+from tests.workspaces import TestWorkspace, workspace
+
+ROOT = Path(__file__).parents[1]
+QUIET = 2.0
+"""Seconds, five times the watchdog's interval of a hung daemon here."""
+
+
+class Listener:
+    """The service manager's side: every message, as its fields, in order."""
+
+    def __init__(self, address: str) -> None:
+        self.messages: list[dict[str, str]] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def read(self, seconds: float) -> bool:
+        """Take in the next message; False where none comes within `seconds`."""
+        self._socket.settimeout(seconds)
+        try:
+            text = self._socket.recv(65536).decode()
+        except TimeoutError:
+            return False
+        self.messages.append(dict(line.split("=", 1) for line in text.splitlines()))
+        return True
+
+    def until(self, name: str, value: str = "", *, times: int = 1) -> dict[str, str]:
+        """Read until the field has begun with `value` in so many messages; the last of them."""
+        end = time.monotonic() + PATIENCE
+        while len(found := self.having(name, value)) < times:
+            assert time.monotonic() < end, self.messages
+            self.read(1.0)
+        return found[times - 1]
+
+    def having(self, name: str, value: str = "") -> list[dict[str, str]]:
+        """The messages so far whose field begins so."""
+        return [message for message in self.messages if name in message and message[name].startswith(value)]
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[Listener]:
+    """At `notify` in the test's folder."""
+    found = Listener(str(tmp_path / "notify"))
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts a daemon that speaks to the listener; it does not outlive the test."""
+    running: list[Running] = []
+
+    def begin(*command: str, **environment: str) -> Running:
+        told = {"NOTIFY_SOCKET": str(tmp_path / "notify"), **environment}
+        running.append(Running(tmp_path, *command, **told))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        one.process.kill()
+        one.process.wait()
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TestWorkspace:
+    """A workspace that was never synced."""
+    monkeypatch.setenv("KBSYNC_CACHE", str(tmp_path / "cache"))
+    return workspace(tmp_path, {"Vega": "Orion"})
+
+
+def test_a_daemon_says_ready_what_it_does_reloading_and_stopping_in_this_order(
+    made: TestWorkspace, listener: Listener, start: Callable[..., Running]
+) -> None:
+    daemon = start(WATCHDOG_USEC="60000000")
+    ready = listener.until("READY")
+    assert made.root.joinpath("data", "control.sock").exists()
+    assert "STATUS" in ready
+    listener.until("STATUS", "pass of sky")
+    listener.until("STATUS", "idle, next pass 20")
+    daemon.process.send_signal(signal.SIGHUP)
+    listener.until("READY", times=2)
+    listener.until("WATCHDOG", "1")
+    assert daemon.end() == 0
+    while listener.read(0.1):
+        pass
+    order = [name for message in listener.messages for name in message if name in ("READY", "RELOADING", "STOPPING")]
+    assert order == ["READY", "RELOADING", "READY", "STOPPING"]
+    assert listener.messages[0] == {"STATUS": "starting"}
+    assert 0 < int(listener.having("RELOADING")[0]["MONOTONIC_USEC"]) < time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    assert listener.having("STOPPING")[0]["EXTEND_TIMEOUT_USEC"] == "45000000"
+    assert "STOPPING" in listener.messages[-1]
+
+
+HANG = """\
+import sys, threading, kbsync.daemon.daemon as it
+from kbsync.cli import main
+it.Pulse.stuck.__defaults__ = (0.5,)
+it.BEAT = 0.1
+def forever(*_, **__): threading.Event().wait()
+def stubborn(self, *_, **__): forever()
+def patient(self, *_, **__):
+    self.cancelled.wait()
+    raise it.Cancelled("cancelled")
+{how}
+sys.argv = ["kbsync", "daemon", "--workspace", sys.argv[1]]
+main()
+"""
+WATCHED = {"WATCHDOG_USEC": "400000"}
+
+
+def hanging(made: TestWorkspace, start: Callable[..., Running], how: str) -> Running:
+    """A daemon with short limits whose work or scheduler hangs as `how` says."""
+    config = made.root / "kbsync.yaml"
+    config.write_text(config.read_text() + "stall: 1s\ngrace: 1s\n")
+    return start("-c", HANG.format(how=how), str(made.root), **WATCHED)
+
+
+def test_a_daemon_whose_work_cannot_be_ended_stops_feeding_the_watchdog(
+    made: TestWorkspace, listener: Listener, start: Callable[..., Running]
+) -> None:
+    """Only after it was cancelled, which did not help."""
+    hanging(made, start, "it.Reconciler.sync = stubborn")
+    listener.until("WATCHDOG", times=3)
+    listener.until("STATUS", "stuck: work")
+    _hears_nothing_more(listener)
+    assert [entry for entry in _problems(made) if entry.startswith("work_stalled")]
+
+
+def test_a_daemon_whose_scheduler_hangs_stops_feeding_the_watchdog(
+    made: TestWorkspace, listener: Listener, start: Callable[..., Running]
+) -> None:
+    """A dead scheduler thread starts no pass, though the main loop goes on."""
+    hanging(made, start, "it.DebugExecutor._do_submit_job = forever")
+    listener.until("STATUS", "stuck: scheduler")
+    _hears_nothing_more(listener)
+
+
+def test_work_that_stalls_is_cancelled_and_the_daemon_goes_on(
+    made: TestWorkspace, listener: Listener, start: Callable[..., Running]
+) -> None:
+    """It waits for its next time instead of stalling again at once, and the next work is not cancelled."""
+    daemon = hanging(made, start, "it.Reconciler.sync = patient")
+    listener.until("STATUS", "pass of sky")
+    before = len(listener.messages)
+    while not any(message.get("STATUS", "").startswith("idle") for message in listener.messages[before:]):
+        assert listener.read(PATIENCE)
+    fed = len(listener.having("WATCHDOG"))
+    listener.until("WATCHDOG", times=fed + 5)
+    assert len(daemon.events("pass_put_back")) == 1
+    assert listener.having("STATUS", "stuck") == []
+    assert daemon.end() == 0
+
+
+def _hears_nothing_more(listener: Listener) -> None:
+    fed = len(listener.having("WATCHDOG"))
+    end = time.monotonic() + QUIET
+    while time.monotonic() < end:
+        listener.read(0.1)
+    assert len(listener.having("WATCHDOG")) == fed
+
+
+def _problems(made: TestWorkspace) -> list[str]:
+    with Ledger.open(f"sqlite:///{made.root / 'data' / 'ledger.db'}") as ledger, ledger.read() as db:
+        return [entry.action for entry in db.audit_log()]
+
+
+# Its parts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_a_message_is_one_datagram_of_lines(tmp_path: Path, kind: str) -> None:
+    name = f"kbsync-{os.getpid()}"
+    bound, address = (f"\0{name}", f"@{name}") if kind == "abstract" else (str(tmp_path / name), str(tmp_path / name))
+    listener = Listener(bound)
+    Manager(address).say(READY="1", STATUS="two\nlines")
+    assert listener.read(PATIENCE)
+    assert listener.messages == [{"READY": "1", "STATUS": "two lines"}]
+    listener.close()
+
+
+def test_nobody_is_told_where_there_is_no_manager_or_it_does_not_listen(tmp_path: Path) -> None:
+    Manager().say(READY="1")
+    Manager(str(tmp_path / "nobody")).say(READY="1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "watchdog"),
+    [
+        ({"WATCHDOG_USEC": "180000000"}, 180.0),
+        ({"WATCHDOG_USEC": "180000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_the_environment_says_whether_anyone_watches_and_is_not_handed_on(
+    environment: dict[str, str], watchdog: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NOTIFY_SOCKET": "/run/notify", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert Manager.from_environment() == Manager("/run/notify", watchdog)
+    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & os.environ.keys()
+
+
+def test_work_says_what_it_does_and_for_how_long_it_was_silent() -> None:
+    now = [0.0]
+    work = Work(lambda: now[0])
+    assert (work.words(), work.silent_for()) == ("", None)
+    work.begin("pass of sky")
+    now[0] = 5.0
+    assert (work.words(), work.silent_for()) == ("pass of sky", 5.0)
+    heard: list[tuple[str, int, int]] = []
+    work.watching(lambda *said: heard.append(said))("targets", 12, 40)
+    assert (work.words(), work.silent_for(), heard) == ("pass of sky: targets 12 of 40", 0.0, [("targets", 12, 40)])
+    work.end()
+    assert (work.words(), work.silent_for()) == ("", None)
+
+
+# The unit file ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze (Debian package systemd) to check the unit"
+)
+def test_the_unit_file_is_one_that_systemd_understands(tmp_path: Path) -> None:
+    """Verified as it is, with a program that exists in the place of the installed one."""
+    program = tmp_path / "kbsync"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    unit = tmp_path / "kbsync.service"
+    unit.write_text((ROOT / "deploy" / "kbsync.service").read_text().replace("/opt/kbsync/bin/kbsync", str(program)))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert [line for line in done.stderr.splitlines() if "kbsync.service" in line] == []
