@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from kbsync.aliases import demote, promote
+from kbsync.backup import make_backup
 from kbsync.config import Workspace
 from kbsync.control import call
 from kbsync.errors import Busy, KbsyncError, UsageError
@@ -138,6 +139,12 @@ def _gc(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return collect(workspace, ledger, older_than, user=reconciler.user, dry=dry)
 
 
+def _backup(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    target, everything = Path(arguments["target"]), bool(arguments.get("everything"))
+    workspace, ledger = reconciler.workspace, reconciler.ledger
+    return make_backup(workspace, ledger, target, everything=everything, progress=reconciler.progress)
+
+
 def _retire(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
     reason = arguments.get("reason", "")
     return retire(reconciler.workspace, reconciler.ledger, arguments["model"], user=reconciler.user, reason=reason)
@@ -166,6 +173,7 @@ COMMANDS = {
     "release": _Command(_release),
     "test_channel": _Command(_test_channel, (("channel",),)),
     "gc": _Command(_gc, (("older_than",),)),
+    "backup": _Command(_backup, (("target",),)),
     "retire": _Command(_retire, (("model",),)),
 }
 UNDO = frozenset({"rollback"})

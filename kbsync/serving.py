@@ -23,7 +23,7 @@ from kbsync.versions.store import VersionRecord, VersionStore
 if TYPE_CHECKING:
     from kbsync.editor.model import Base
 
-__all__ = ["Versions", "load_model", "verify_workspace"]
+__all__ = ["Versions", "load_model", "verify_files", "verify_workspace", "wrong_weights"]
 
 
 def load_model(workspace: str | Path, version: int | str = LIVE) -> Base:
@@ -108,11 +108,17 @@ def verify_workspace(workspace: Workspace, ledger: Ledger, *, weights: bool = Tr
     the model).
     """
     yield from ledger.check()
+    yield from verify_files(workspace, ledger)
     try:
         versions = Versions.open(workspace, ledger)
+        if weights:
+            yield from wrong_weights(versions)
     except KbsyncError as error:
         yield error.message
-        return
+
+
+def verify_files(workspace: Workspace, ledger: Ledger) -> Iterator[str]:
+    """What is wrong with manifests, deltas, HEADs and aliases of all models, one line each; no base model is needed."""
     with ledger.read() as db:
         models = db.models()
         records = {
@@ -128,11 +134,10 @@ def verify_workspace(workspace: Workspace, ledger: Ledger, *, weights: bool = Tr
         store = VersionStore(workspace.data, model.id)
         found = store.verify(records[model.id], head=model.head, aliases=aliases[model.id], files=files[model.id])
         yield from map(str, found)
-    if weights and versions.model in records:
-        yield from _wrong_weights(versions)
 
 
-def _wrong_weights(versions: Versions) -> Iterator[str]:
+def wrong_weights(versions: Versions) -> Iterator[str]:
+    """Where HEAD or the live version, rebuilt on the base, is not what was recorded, one line each; loads the model."""
     for number in sorted({row.number for name in (HEAD, LIVE) if (row := versions.row(name)) is not None}):
         try:
             versions.load(number)
