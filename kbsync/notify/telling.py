@@ -67,8 +67,9 @@ def tell_freshness(ledger: Ledger, catalog: Catalog) -> None:
     """Of targets of freshness that are missed, once each, and of those that are kept again."""
     now = datetime.now(UTC)
     with ledger.read() as db:
-        rows = freshness_rows(db, catalog, now)
         stale = {notice.thread for notice in db.troubles() if notice.kind == "stale"}
+        aimed = any(policy.freshness.target for policy in catalog.policies.values())
+        rows = freshness_rows(db, catalog, now) if aimed else []
     missed = {_thread(row): (row, reasons) for row in rows if (reasons := row.missed(now))}
     if missed.keys() == stale:
         return
