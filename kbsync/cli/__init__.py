@@ -47,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-operations = (setup, write, aliases, decide, status, model, ledger, notices, backup, daemon, backup)
+operations = (setup, write, aliases, decide, status, model, ledger, notices, backup, daemon)
 questions = (versions, facts, history, blame, bisect, freshness, read)
 for part in (*operations, *questions, demo, bench, study, evaluate):
     app.add_typer(part.app)
