@@ -270,6 +270,7 @@ class Reconciler:
         observe: Callable[[Policy], _Observed] | None = None,
     ) -> Report:
         with self.ledger.write() as db:
+            db.interrupt_runs("its end could not be written; the next pass plans it again")
             run_id = db.start_run(policy.policy, model=line.model, trigger=trigger, user=self.user)
             db.set_schedule_state(replace(db.schedule_state(policy.policy), last_started=db.now))
 
@@ -290,15 +291,23 @@ class Reconciler:
         try:
             return act()
         except Cancelled as error:
-            self._end(run_id, "cancelled", error.message)
+            self._give_up(run_id, "cancelled", error.message)
             raise
         except KbsyncError as error:
             status = "superseded" if isinstance(error, Moved) else "failed"
-            self._end(run_id, status, error.message)
+            self._give_up(run_id, status, error.message)
             return Report(policy=policy.policy, status=status, run_id=run_id, problems=[error])
         except Exception as error:
-            self._end(run_id, "failed", place_of(error))
+            self._give_up(run_id, "failed", place_of(error))
             raise
+
+    def _give_up(self, run_id: int, status: Any, message: str) -> None:
+        """End a run that cannot go on. What stopped it may keep its end from being written, too: then what went wrong
+        first is what people are told, and the next pass finds a run that says `running`, and ends it."""
+        try:
+            self._end(run_id, status, message)
+        except KbsyncError as error:
+            log.error("run_not_ended", run=run_id, status=status, message=message, problem=error.message)
 
     def _decide(
         self,

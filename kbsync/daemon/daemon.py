@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -36,10 +36,12 @@ from kbsync.commands import BESIDE, UNDO, execute
 from kbsync.config import Workspace
 from kbsync.control import serve
 from kbsync.daemon.chores import CHORES, Chore
+from kbsync.daemon.clock import ClockWatch
 from kbsync.daemon.systemd import Manager, monotonic_usec
 from kbsync.daemon.work import Work
 from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
 from kbsync.ledger import Ledger
+from kbsync.ledger.writer import Writer
 from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
 from kbsync.pulse import BEAT, Pulse
@@ -97,6 +99,7 @@ class Daemon:
         self._said = ""
         self._due: dict[str, datetime] = {}
         """When each policy is due: the scheduler itself may hang, with its lock held, while the main loop asks."""
+        self._clock = ClockWatch()
         self._scheduler = BackgroundScheduler(
             jobstores={"default": MemoryJobStore()},
             # "own": in the scheduler's own thread, which so beats itself, however busy the pool is.
@@ -129,6 +132,8 @@ class Daemon:
                     self._tell("reading sources and policies again", RELOADING="1", MONOTONIC_USEC=monotonic_usec())
                     self.reload()
                     self._tell(self._state(), READY="1")
+                if moved := self._clock.moved():
+                    self._mind_clock(moved)
             self._pulse.phase = "stopping"
             self._finish()
         log.info("daemon_stopped")
@@ -140,14 +145,24 @@ class Daemon:
 
     def reload(self) -> None:
         """Read sources and policies again; where a file is wrong the old ones stay in force."""
+        before = self._catalog
         try:
-            catalog = load_catalog(self._workspace)
+            self._catalog = load_catalog(self._workspace)
+            self._schedule_all()
         except KbsyncError as error:
+            self._catalog = before
             log.error("reload_failed", problem=error.message, hint=error.hint)
             return
-        self._catalog = catalog
-        self._schedule_all()
-        log.info("reloaded", policies=sorted(catalog.policies))
+        log.info("reloaded", policies=sorted(self._catalog.policies))
+
+    def _mind_clock(self, moved: float) -> None:
+        """The time of day has jumped: what is due when is worked out again."""
+        log.warning("clock_moved", seconds=round(moved))
+        self._schedule_chores()
+        try:
+            self._schedule_all()
+        except KbsyncError as error:
+            log.error("not_rescheduled", problem=error.message, hint=error.hint)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -273,10 +288,14 @@ class Daemon:
             )
 
     def _schedule_chores(self) -> None:
-        self._scheduler.add_job(self._pulse.beat, "interval", ["scheduler"], seconds=BEAT, id="pulse", executor="own")
+        self._scheduler.add_job(
+            self._pulse.beat, "interval", ["scheduler"], seconds=BEAT, id="pulse", executor="own", replace_existing=True
+        )
         for chore in CHORES:
             seconds = chore.every.total_seconds()
-            self._scheduler.add_job(self._do, "interval", [chore], seconds=seconds, id=f"chore {chore.name}")
+            self._scheduler.add_job(
+                self._do, "interval", [chore], seconds=seconds, id=f"chore {chore.name}", replace_existing=True
+            )
 
     def _do(self, chore: Chore) -> None:
         """One chore; alone, or beside what else is going on."""
@@ -298,7 +317,10 @@ class Daemon:
             if self._stopping.is_set() or name not in self._catalog.policies:
                 return
             try:
-                self._reconciler(USER, self._work.progress).sync([name], trigger=SCHEDULED)
+                reports = self._reconciler(USER, self._work.progress).sync([name], trigger=SCHEDULED)
+                for report in reports:
+                    if report.run_id is None and report.problems:  # no run could begin, so none says how it ended
+                        raise report.problems[0]
             except Cancelled as error:
                 log.info("pass_put_back", policy=name, reason=error.message)
                 if self._stalled is None:  # what stalled may stall again: it waits for its next time
@@ -354,8 +376,15 @@ class Daemon:
         due = job.next_run_time if job else None
         if due is not None:
             self._due[name] = due
-        with self._ledger.write() as db:
-            db.set_schedule_state(replace(db.schedule_state(name), next_due=due))
+        self._note(lambda db: db.set_schedule_state(replace(db.schedule_state(name), next_due=due)))
+
+    def _note(self, write: Callable[[Writer], None]) -> None:
+        """Write to the ledger what nothing depends on: a full disk or a server that is away must not end the daemon."""
+        try:
+            with self._ledger.write() as db:
+                write(db)
+        except KbsyncError as error:
+            log.error("not_noted", problem=error.message, hint=error.hint)
 
     def _note_event(self, event: JobEvent) -> None:
         """What the scheduler could not do is in the log and in the ledger."""
@@ -363,7 +392,6 @@ class Daemon:
         self._note_problem(EVENTS[event.code], event.job_id, place_of(error) if error else "")
 
     def _note_problem(self, kind: str, policy: str, problem: str) -> None:
-        detail: Mapping[str, Any] = {"policy": policy, "problem": problem}
+        detail: dict[str, Any] = {"policy": policy, "problem": problem}
         log.error(kind, **detail)
-        with self._ledger.write() as db:
-            db.audit(USER, kind, dict(detail))
+        self._note(lambda db: db.audit(USER, kind, detail))

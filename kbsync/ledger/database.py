@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,7 +54,6 @@ __all__ = [
     "insert_row",
     "integrity_problems",
     "journal_mode",
-    "led",
     "mark_as_ledger",
     "note_growth",
     "pages",
@@ -87,9 +86,6 @@ BATCH = 10_000
 
 _LOCK_NOT_AVAILABLE = "55P03"
 """PostgreSQL's code for a lock that was not had within `lock_timeout` (postgresql.org/docs, Appendix A)."""
-
-_LEADER_LOCK = 0x6B62737A
-"""Key of PostgreSQL's advisory lock that the one process holds that runs passes on a ledger, from whatever machine."""
 
 _WRITER_LOCK = 0x6B627379
 """Key of PostgreSQL's advisory lock that makes writers take turns, as SQLite's BEGIN IMMEDIATE does."""
@@ -309,24 +305,6 @@ def writing(engine: Engine) -> Connection:
         connection.close()
         raise
     return connection
-
-
-@contextmanager
-def led(engine: Engine, place: str) -> Iterator[None]:
-    """Be the one process that runs passes on a server's ledger, for as long as a connection of its own lives; the lock
-    file of the workspace does that for SQLite. Raises Busy where another one is."""
-    if engine.dialect.name == "sqlite":
-        yield
-        return
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.detach()  # however this ends, the connection is closed, and its lock goes
-        if not connection.scalar(select(func.pg_try_advisory_lock(_LEADER_LOCK))):
-            raise Busy(f"{place}: another daemon or command works on this ledger", hint="wait for it, or stop it")
-        try:
-            yield
-        finally:
-            with suppress(DBAPIError):  # at once: the server notices a closed connection a little later
-                connection.execute(select(func.pg_advisory_unlock(_LEADER_LOCK)))
 
 
 def insert_row(connection: Connection, table: Table, values: Mapping[str, Any]) -> int:

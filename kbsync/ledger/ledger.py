@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Engine, func, select
 
 from kbsync.ledger import database, schema
 from kbsync.ledger.backup import backup
+from kbsync.ledger.leader import Leader, leading
 from kbsync.ledger.migrate import migrate
 from kbsync.ledger.reader import Reader
 from kbsync.ledger.writer import Writer
@@ -41,6 +42,7 @@ class Ledger:
         self._engine = engine
         self._clock = clock
         self._place = database.place_of(engine.url)
+        self._leader: Leader | None = None
 
     @classmethod
     def open(cls, url: str, *, create: bool = True, clock: Clock = _utc_now) -> Ledger:
@@ -81,9 +83,11 @@ class Ledger:
     @contextmanager
     def write(self) -> Iterator[Writer]:
         """One transaction that takes the writer's lock at once; committed at the end, undone by an exception or by
-        `Writer.rollback`. Raises Busy where another writer keeps the lock for 5 s, LedgerError where the database
-        refuses what was written."""
+        `Writer.rollback`. Raises Busy where another writer keeps the lock for 5 s, or where this process was the one
+        that runs passes and another one is now; LedgerError where the database refuses what was written."""
         with database.translated(self._place), database.writing(self._engine) as connection:
+            if self._leader is not None:
+                self._leader.confirm()
             writer = Writer(connection, self._next_moment(connection))
             yield writer
             if writer.kept:
@@ -108,9 +112,13 @@ class Ledger:
 
     @contextmanager
     def led(self) -> Iterator[None]:
-        """Be the one process that runs passes on this ledger, from whatever machine. Raises Busy where another is."""
-        with database.translated(self._place), database.led(self._engine, self._place):
-            yield
+        """Be the one process that runs passes on this ledger, from whatever machine: each `write` makes sure of it.
+        Raises Busy where another is."""
+        with database.translated(self._place), leading(self._engine, self._place) as self._leader:
+            try:
+                yield
+            finally:
+                self._leader = None
 
     def backup(self, path: Path) -> None:
         """A checked copy as of now; the ledger stays in use. Raises LedgerError where `path` exists or that fails."""

@@ -1,1 +1,1 @@
-"""The fault matrix (docs/faults.md): what must hold whatever stops, refuses or misleads kbsync. `make faults` runs it."""
+"""The fault matrix (docs/faults.md): what must hold whatever stops, refuses or misleads kbsync; `make faults`."""

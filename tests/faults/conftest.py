@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +15,8 @@ from tests.standin import StandIn
 def _nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery | str]:
     folder = tmp_path_factory.mktemp("nursery")
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("kbsync.reconcile.run_edit", StandIn())
-            patch.setenv("KBSYNC_CACHE", str(folder / "cache"))
-            with Nursery.open(folder) as found:
-                yield found
+        with Nursery.open(folder) as found:
+            yield found
     except Unavailable as error:
         yield str(error)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from kbsync import commands, reconcile
 from kbsync.commands import perform
-from kbsync.daemon import run_daemon
+from kbsync.daemon import daemon, run_daemon
 from kbsync.errors import Cancelled, KbsyncError
 from kbsync.line import Line
 from kbsync.log import configure
@@ -106,6 +106,7 @@ def _install(control: Control) -> None:
     ]
     for owner, name, stage in stages:
         setattr(owner, name, _staged(control, stage, getattr(owner, name)))
+    daemon.BEAT = 0.2
     reconcile.run_edit = _staged(control, "edit", real_edit)
 
 

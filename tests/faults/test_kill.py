@@ -56,7 +56,6 @@ def test_kill_9_at_any_point_loses_nothing_that_was_committed(
     before = committed(world)
     nursery.control.watch(world.root)
     nursery.control.kill(at)
-    print(f"{command}, {stage}, call {at}")
-    assert nursery.start(world, COMMANDS[command]).wait() == -signal.SIGKILL
+    assert nursery.start(world, COMMANDS[command]).wait() == -signal.SIGKILL, f"{command}, {stage}, call {at}"
     nursery.control.stop()
     aftermath(world, before, fault=f"kill -9 in {command}", stage=stage)

@@ -22,11 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kbsync.commands import perform
 from kbsync.config import Workspace
 from kbsync.control import call
 from tests.faults.shim import Control
 from tests.faults.stages import STAGES
+from tests.standin import StandIn
 from tests.tiny import save, tiny_llama
 from tests.workspaces import CONFIG, PRESET, TestWorkspace
 
@@ -76,9 +79,11 @@ def template(folder: Path) -> Path:
     (root / "preset.yaml").write_text(PRESET)
     (root / "sources" / "stars.yaml").write_text(SOURCE)
     (root / "policies" / "sky.yaml").write_text(POLICY)
-    for said in FEEDS:
-        World(root).feed(said)
-        perform(root, "sync", {}, user="test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kbsync.reconcile.run_edit", StandIn())
+        for said in FEEDS:
+            World(root).feed(said)
+            perform(root, "sync", {}, user="test")
     return root
 
 
@@ -93,6 +98,11 @@ class Child:
     def wait(self) -> int:
         """Its exit status; negative: the signal that ended it."""
         return int(self.nursery.ask({"wait": self.pid})["status"])
+
+    def wait_a_little(self, seconds: float = 0.1) -> bool:
+        """Whether it still runs after that time."""
+        time.sleep(seconds)
+        return Path(f"/proc/{self.pid}/stat").read_text().split()[2] != "Z"
 
     def signal(self, number: int) -> None:
         """Send a signal."""
@@ -148,7 +158,8 @@ class Nursery:
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """One request of the program that forks."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
