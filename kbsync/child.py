@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -74,10 +73,8 @@ def start(module: str, stderr: IO[bytes], environment: Mapping[str, str] | None 
 
 def last_words(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
     """How an ended process ended, in one line: its status, and the last line that it wrote to `stderr`."""
-    size = stderr.seek(0, os.SEEK_END)
-    stderr.seek(max(0, size - STDERR_TAIL))
-    tail = stderr.read().decode(errors="replace").strip().splitlines()
-    return f"status {process.wait()}" + (f": {references.hidden(tail[-1])}" if tail else "")
+    tail = references.last_words(stderr, STDERR_TAIL).splitlines()
+    return f"status {process.wait()}" + (f": {tail[-1]}" if tail else "")
 
 
 def _converse(process: subprocess.Popen[bytes], job: EditJob, progress: Progress) -> dict[str, Any]:

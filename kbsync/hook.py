@@ -15,14 +15,13 @@ import subprocess
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO
 
-from kbsync.references import environment, hidden
+from kbsync.references import environment, last_words
 
 __all__ = ["run"]
 
 SAID = 500
-"""Bytes of what a command said last that a failure is told with."""
+"""Characters of what a command said last that a failure is told with."""
 
 
 def run(
@@ -60,7 +59,8 @@ def run(
         except subprocess.TimeoutExpired:
             _end(process)
             return f"did not end within {seconds:g} s"
-        return f"status {status}{_last_words(said)}" if status else None
+        words = " ".join(last_words(said, SAID).split())
+        return f"status {status}" + (f": {words}" if words else "") if status else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -68,10 +68,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _last_words(said: IO[bytes]) -> str:
-    size = said.seek(0, os.SEEK_END)
-    said.seek(max(0, size - SAID))
-    text = " ".join(said.read().decode(errors="replace").split())
-    return f": {hidden(text)}" if text else ""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kbsync.errors import Busy
+from kbsync.versions.files import make_folder
 
 __all__ = ["held_by", "writer_lock"]
 
@@ -16,7 +17,7 @@ __all__ = ["held_by", "writer_lock"]
 @contextmanager
 def writer_lock(path: Path) -> Iterator[None]:
     """Hold the workspace's writer lock. Raises Busy, naming the holder's process, where another process has it."""
-    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

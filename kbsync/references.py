@@ -1,7 +1,8 @@
 """Secrets in the workspace's files: they stand there as `${NAME}` or `file:PATH` only, and are looked up when used.
 
-What they stand for is known to this process alone: `hidden` takes it out of any text, as the log and the errors of the
-command line do last of all, and `environment` leaves it out of what other programs get.
+What they stand for, and what is secret in the environment beside it, is this process's alone: `hidden` takes it out of
+any text, as the log and the errors of the command line do last of all; `environment` leaves it out of what other
+programs get.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 import re
 import stat
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 __all__ = [
     "FILE",
@@ -19,6 +22,7 @@ __all__ = [
     "hidden",
     "holds_password",
     "is_reference",
+    "last_words",
     "names_secret",
     "noted",
     "open_to_others",
@@ -32,6 +36,8 @@ FILE = "file:"
 
 LARGEST_SECRET = 65_536
 """Bytes of a file that holds one."""
+LONGEST_TAIL = 100_000
+"""Bytes of a program's words that are searched for secrets before they are cut: half a secret would not be found."""
 SHORTEST_HIDDEN = 8
 """Characters of a secret that is looked for in texts: a shorter one would be found in other words, too."""
 
@@ -85,11 +91,18 @@ def read_secret(path: Path) -> str:
 
 
 def hidden(text: str) -> str:
-    """`text` without any secret of the workspace that this process knows: `***` in its place."""
-    values = _read.union(os.environ.get(name, "") for name in _declared)
+    """`text` without any secret that this process knows, of the workspace or of its environment: `***` in its place."""
+    values = _read.union(value for name, value in os.environ.items() if _is_secret(name, value))
     for value in sorted((value for value in values if len(value) >= SHORTEST_HIDDEN), key=len, reverse=True):
         text = text.replace(value, "***")
     return text
+
+
+def last_words(said: IO[bytes], length: int) -> str:
+    """The last characters of what another program wrote to a file, without secrets."""
+    size = said.seek(0, os.SEEK_END)
+    said.seek(max(0, size - LONGEST_TAIL))
+    return hidden(said.read().decode(errors="replace").strip())[-length:]
 
 
 def environment(keep: Collection[str] = ()) -> dict[str, str]:
@@ -102,9 +115,12 @@ def environment(keep: Collection[str] = ()) -> dict[str, str]:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if name in _ORDINARY:
-        return False
-    return name in _declared or _SECRET_VARIABLE.fullmatch(name) is not None or holds_password(value)
+    return name in _declared or (name not in _ORDINARY and _looks_secret(name, value))
+
+
+@cache
+def _looks_secret(name: str, value: str) -> bool:
+    return _SECRET_VARIABLE.fullmatch(name) is not None or holds_password(value)
 
 
 def holds_password(url: str) -> bool:

@@ -19,7 +19,7 @@ from kbsync.editor.preset import Preset
 from kbsync.editor.target_names import TargetNames
 from kbsync.editor.targets import Target
 from kbsync.facts import EditRequest
-from kbsync.versions.files import write_durably
+from kbsync.versions.files import make_folder, write_durably
 
 __all__ = ["TargetStore"]
 
@@ -57,7 +57,7 @@ class TargetStore:
             "clamped": str(target.clamped),
             "diverged": str(target.diverged),
         }
-        self._folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        make_folder(self._folder)
         write_durably(self.path(request), save({"z": target.z.contiguous()}, metadata=meta))
 
 

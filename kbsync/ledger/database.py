@@ -37,6 +37,7 @@ from sqlalchemy.schema import CreateTable, DropTable
 
 from kbsync.errors import Busy, KbsyncError, LedgerError, UsageError
 from kbsync.facts import FactKey
+from kbsync.versions.files import make_folder
 
 __all__ = [
     "BATCH",
@@ -153,7 +154,7 @@ def _ensure_file(file: Path, *, create: bool) -> None:
     if not create:
         raise LedgerError(f"{file}: no ledger here", hint="kbsync init")
     try:
-        file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        make_folder(file.parent)
         os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
     except OSError as error:
         raise LedgerError(f"{file}: {error.strerror}", hint="choose a folder that can be written to") from error

@@ -20,6 +20,7 @@ from kbsync.errors import StoreError
 __all__ = [
     "TEMPORARY",
     "delta_file",
+    "make_folder",
     "remove_durably",
     "require_space",
     "sha256_of",
@@ -45,6 +46,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, for owner and group alone. Raises OSError."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(mode=0o750, exist_ok=True)  # `parents=True` would make those above for everybody
+
+
 def write_durably(path: Path, data: bytes | Callable[[Path], None], *, mode: int = 0o640) -> str:
     """Put `data` (bytes, or a function that writes the file it is given) at `path`, and return its sha256.
 
@@ -53,7 +61,7 @@ def write_durably(path: Path, data: bytes | Callable[[Path], None], *, mode: int
     since the kernel may have dropped the pages. Missing folders are made. Raises StoreError naming `path`.
     """
     try:
-        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
         os.close(handle)
         try:

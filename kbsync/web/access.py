@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kbsync.config import CONFIG, Workspace
 from kbsync.errors import ConfigError
+from kbsync.versions.files import make_folder
 
 __all__ = ["HEAD_BYTES", "Access", "read_token"]
 
@@ -40,7 +41,7 @@ def read_token(workspace: Workspace) -> str:
         return _long_enough(declared, workspace.root / CONFIG)
     path = workspace.data / "server.token"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return _kept(path)
