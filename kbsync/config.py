@@ -36,6 +36,7 @@ from kbsync.documents import Document, describe, nearest, read_document
 from kbsync.editor.job import ExecutorSettings
 from kbsync.editor.preset import Preset, load_preset
 from kbsync.errors import ConfigError, UsageError
+from kbsync.hub import names_no_revision
 from kbsync.notify.settings import Notify
 from kbsync.policy import Seconds
 from kbsync.recheck import Recheck
@@ -325,6 +326,10 @@ class Workspace:
             for path in (self.root, self.root / CONFIG, self.sources, self.policies, self.data)
             if path.exists() and path.stat().st_mode & stat.S_IWOTH
         ]
+        if names_no_revision(self.settings.model, root=self.root):
+            found.append(
+                f"{self.root / CONFIG}: model: names no revision, so that `model pull` may bring another: @COMMIT"
+            )
         ledger = self.settings.ledger
         if ledger is not None and holds_password(ledger.get_secret_value()):
             found.append(f"{self.root / CONFIG}: ledger: holds a password; write ${{NAME}} or file:PATH instead")

@@ -34,6 +34,7 @@ __all__ = [
     "cache_dir",
     "fingerprint",
     "model_id",
+    "names_no_revision",
     "publish_folder",
     "pull",
     "resolve_model",
@@ -104,6 +105,12 @@ def resolve_model(name: str, *, root: Path | None = None) -> ModelFolder:
         f"model {name!r} is neither an embedded model, nor a folder, nor a Hugging Face id",
         hint=f"set `model:` in kbsync.yaml, for example to {next(iter(EMBEDDED))}",
     )
+
+
+def names_no_revision(name: str, *, root: Path) -> bool:
+    """Whether a model is one of the Hub that may be another one tomorrow: an id without `@COMMIT`."""
+    match = _HUB_ID.fullmatch(name)
+    return match is not None and match["revision"] is None and not (root / name).is_dir()
 
 
 def pull(name: str, *, progress: Progress = silent) -> ModelFolder:

@@ -298,6 +298,7 @@ class Line:
             parent=head,
             kind=edit.kind,
             base_fingerprint=self.fingerprint,
+            base_revision=self.folder.revision,
             modules=result.modules,
             dtype=result.dtype,
             active=result.active,

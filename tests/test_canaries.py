@@ -1,9 +1,9 @@
 """Secrets are shown nowhere: canaries stand wherever one can be, and a workspace lives a broad life with them.
 
 The life is that of the real command line and the real daemon, in processes of their own: sources that fail in every
-way, a held run, an approval, a conflict, a hook, a server that is asked, an edit that dies of a library's error, a
-rollback. All that it says, writes, stores and serves is kept, and searched for each canary, also in base64 and as part
-of a URL.
+way, a held run, an approval, a conflict, a hook, a server that is asked, an edit that dies of a library's error,
+notices on every channel, a rollback, a backup. All that it says, writes, stores and serves is kept, and searched for
+each canary, also in base64 and as part of a URL.
 
 A marker, which is no secret, takes part in it: it must be found in every kind of output, or the search proves nothing.
 """
@@ -263,6 +263,7 @@ def lived(one: Life) -> None:
     assert (codes["sync sky"], codes["approve 1"], codes["sync far"]) == (3, 0, 1)
     asked = ["status --json", "runs", "log --json", "show 1", f"blame {MARKER} constellation", "verify", "doctor"]
     asked += [f"facts --csv --out {one.root / 'facts.csv'}", f"export 1 {one.root / 'out'}", "gc --json"]
+    asked += [f"backup {one.root / 'backup'}", f"backup {one.root / 'backup'} --verify", "freshness", "notices --json"]
     assert set(one.run("questions", *asked).values()) == {0}
     feed = one.root / "sources" / "stars.csv"
     feed.write_text(feed.read_text().replace("Orion", "Rome"))
@@ -329,7 +330,8 @@ def _awaited(log: Path, process: subprocess.Popen[bytes], event: str, **details:
 
 
 def test_no_secret_is_anywhere(life: Life) -> None:
-    assert found_in(CANARIES, life.heard) == []
+    leaks = found_in(CANARIES, life.heard)
+    assert not leaks, "\n".join(leaks)
 
 
 def _kinds(places: Iterable[str]) -> set[str]:

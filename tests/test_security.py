@@ -11,8 +11,10 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kbsync.cli.common import TameConsole
+from kbsync.config import Workspace
 from kbsync.connectors import Place
 from kbsync.connectors.http import HttpOptions, send
 from kbsync.connectors.text import clean_label
@@ -31,10 +34,13 @@ from kbsync.editor.model import load_base
 from kbsync.errors import ConfigError, KbsyncError, ModelError, SourceInvalid
 from kbsync.exports import write_csv
 from kbsync.facts import Entity, Fact
+from kbsync.hub import resolve_model
 from kbsync.policy import Relation, render
 from kbsync.terminal import tame
 from tests.feeds import CSV, connector
+from tests.standin import StandIn
 from tests.tiny import save, tiny_llama
+from tests.workspaces import workspace
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
@@ -336,3 +342,39 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         load_base(folder, fingerprint="0" * 64, device="cpu")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_manifest_names_the_commit_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the Hub lies in a folder that is named by it; any other has none."""
+    made = workspace(tmp_path, {"Vega": "Orion"})
+    found = resolve_model("model", root=tmp_path)
+    monkeypatch.setattr("kbsync.serving.resolve_model", lambda *_, **__: replace(found, revision="c0ffee"))
+    with made.open() as reconciler:
+        reconciler.run_edit = StandIn()
+        [report] = reconciler.sync()
+        assert report.versions == [1]
+        [path] = (tmp_path / "data" / "versions").glob("*/000001.json")
+    assert json.loads(path.read_text())["base_revision"] == "c0ffee"
+
+
+@pytest.mark.parametrize(
+    ("model", "unwise"),
+    [("owner/name", True), ("owner/name@c0ffee", False), ("smollm2-135m", False), ("models/mine", False)],
+)
+def test_a_model_without_a_revision_is_warned_of(tmp_path: Path, model: str, unwise: bool) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "kbsync.yaml").write_text(f"model: {model}\n")
+    warnings = [one for one in Workspace.load(tmp_path).warnings() if "names no revision" in one]
+    assert bool(warnings) is unwise
+
+
+@pytest.mark.parametrize("place", [".", "kbsync.yaml", "sources", "policies", "data"])
+def test_what_everybody_may_write_to_is_warned_of(tmp_path: Path, place: str) -> None:
+    root = tmp_path / "workspace"
+    for folder in ("sources", "policies", "data"):
+        (root / folder).mkdir(parents=True)
+    (root / "kbsync.yaml").write_text("model: smollm2-135m\n")
+    assert not [one for one in Workspace.load(root).warnings() if "everybody" in one]
+    (root / place).chmod((root / place).stat().st_mode | stat.S_IWOTH)
+    [warning] = [one for one in Workspace.load(root).warnings() if "everybody" in one]
+    assert warning.startswith(f"{(root / place).absolute()}: everybody may write there")

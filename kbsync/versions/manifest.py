@@ -72,6 +72,8 @@ class Manifest(_Value):
     parent: int | None
     kind: VersionKind
     base_fingerprint: Sha256
+    base_revision: str | None = None
+    """The commit of the Hugging Face repository that the base came from; None: from a folder, or embedded."""
     modules: tuple[str, ...]
     """Module paths of the edited matrices in layer order: the order in which `weights_sha256` takes them."""
     dtype: Annotated[str, Field(pattern=r"^(b?float16|float32|float64)$")]
