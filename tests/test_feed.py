@@ -204,7 +204,9 @@ def test_what_proves_a_feed_lies_inside_the_allowed_folders(tmp_path: Path, besi
 
 
 @pytest.mark.parametrize(
-    "body", [CSV.replace("Lyr", "Cet"), CSV.replace("con", "kon"), gzip.compress(CSV.encode())[:-1], b"\xff"]
+    "body",
+    [CSV.replace("Lyr", "Cet"), CSV.replace("con", "kon"), gzip.compress(CSV.encode())[:-1], b"\xff"],
+    ids=["another value", "another column", "cut", "no text"],
 )
 def test_a_refused_feed_leaves_the_ledger_as_it_was(tmp_path: Path, body: str | bytes) -> None:
     """A wrong signature, a changed header, half an archive, no text: only the source's own failure is noted."""
