@@ -63,7 +63,7 @@ def test_the_wheel_has_all_that_a_new_workspace_takes(installed: Path) -> None:
     run(installed, "init", "--workspace", str(root))
     assert (root / "sources" / "star-catalog.csv").is_file()
     assert "2 policies: sound" in run(installed, "check", "--workspace", str(root))
-    assert (installed / "kbsync" / "examples" / "policies" / "us-governors.yaml").is_file()
+    assert (installed / "kbsync" / "examples" / "policies" / "world-leaders.yaml").is_file()
     assert not (installed / "tests").exists()
 
 

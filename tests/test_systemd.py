@@ -164,7 +164,7 @@ def test_work_that_stalls_is_cancelled_and_the_daemon_goes_on(
     listener.until("STATUS", "pass of sky")
     before = len(listener.messages)
     while not any(message.get("STATUS", "").startswith("idle") for message in listener.messages[before:]):
-        assert listener.read(PATIENCE)
+        assert listener.read(PATIENCE), daemon.log.read_text()
     fed = len(listener.having("WATCHDOG"))
     listener.until("WATCHDOG", times=fed + 5)
     assert len(daemon.events("pass_put_back")) == 1

@@ -223,13 +223,14 @@ class Daemon:
         limit, quiet = float(self._workspace.settings.stall), self._work.silent_for()
         if quiet is None or quiet <= limit:
             return False
-        if self._stalled is None:
-            self._stalled = time.monotonic()
+        since = self._stalled  # the work may end at any moment, and this with it
+        if since is None:
+            since = self._stalled = time.monotonic()
             self._cancelled.set()
             problem = f"no progress for {limit:.0f} s: cancelled (`stall` in kbsync.yaml allows more)"
             with suppress(KbsyncError):  # it may be the ledger that hangs
                 self._note_problem("work_stalled", self._work.words(), problem)
-        return time.monotonic() - self._stalled > float(self._workspace.settings.grace)
+        return time.monotonic() - since > float(self._workspace.settings.grace)
 
     def _state(self) -> str:
         """What is going on, or what comes next, in words."""
