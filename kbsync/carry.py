@@ -59,8 +59,7 @@ class Carrier:
             report.probe = outcome.result.probe
             report.notes += _unasked(outcome.result.probe)
             report.counts["failed"] = report.counts.get("failed", 0) + len(outcome.held)
-            for phase, seconds in outcome.result.seconds.items():
-                report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
+            report.took(outcome.result.seconds, outcome.result.computed)
             if outcome.version is not None:
                 report.versions.append(outcome.version)
             if report.searches and report.searches[-1]["undecided"]:

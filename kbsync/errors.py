@@ -113,6 +113,8 @@ class SourceError(KbsyncError):
     said so; other sources of that host are not asked meanwhile either."""
 
     resting: str | None = None
+    outcome: str = "failed"
+    """What kind of answer it was, in a word: an HTTP status, or what came instead of one. Counted in the ledger."""
 
     def __init__(self, source: str, problem: str, *, hint: str = "") -> None:
         super().__init__(f"source {source}: {problem}", hint=hint)
@@ -124,6 +126,7 @@ class SourceUnavailable(SourceError):
     enough."""
 
     exhausted: bool = False
+    outcome = "unavailable"
 
     def __init__(self, source: str, problem: str, *, retry_after: float | None = None, hint: str = "") -> None:
         super().__init__(source, problem, hint=hint)
@@ -133,9 +136,13 @@ class SourceUnavailable(SourceError):
 class SourceBlocked(SourceError):
     """The source refuses this client. Asking again at once would make it worse."""
 
+    outcome = "blocked"
+
 
 class SourceInvalid(SourceError):
     """The answer is not what the source file declares, or not whole."""
+
+    outcome = "invalid"
 
 
 class LedgerError(KbsyncError):

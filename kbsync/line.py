@@ -34,6 +34,7 @@ from kbsync.plan import PlannedEdit, carried
 from kbsync.progress import Progress, silent
 from kbsync.serving import Versions
 from kbsync.strategy import Odometer, Strategy, rebase_due
+from kbsync.timing import timed
 from kbsync.versions.manifest import ActiveDelta, Manifest, ManifestFact
 from kbsync.versions.store import VersionStore
 
@@ -170,7 +171,9 @@ class Line:
         if tried.same:
             self._note(edit, result, held, tried.head)
             return Outcome(result, None, held)
-        return Outcome(result, self._publish(edit, result, held, tried.facts, tried.head), held)
+        with timed(result.seconds, "publish"):
+            number = self._publish(edit, result, held, tried.facts, tried.head)
+        return Outcome(result, number, held)
 
     def _losses(self, edit: Edit, result: EditResult) -> list[str]:
         """Why a rebase loses too much: of the live facts that HEAD answers, or, on another base, of all that it takes

@@ -7,6 +7,7 @@ again next time on the claims that it made last. No transaction is open while a 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -78,12 +79,16 @@ class _Asking:
         for state in states:
             if cooling := _cooling(name, state):
                 raise cooling
+        answers: Counter[str] = Counter()
         try:
             with pausing(self.pause):
-                snapshot = retrying()(_fetch, name, connector, previous, self.ledger)
+                snapshot = retrying()(_fetch, name, connector, previous, self.ledger, answers)
         except SourceError as error:
             self._note_failure(states[0], error)
             raise
+        finally:
+            with self.ledger.write() as db:
+                db.note_answers(name, answers)
         for state in states:
             _note(self.ledger, state, SourceState(state.source))
         return snapshot
@@ -104,14 +109,22 @@ class _Asking:
             _note(self.ledger, before, new)
 
 
-def _fetch(name: str, connector: Connector, previous: Provenance | None, ledger: Ledger) -> Snapshot:
-    """What the connector gives; whatever else than a KbsyncError goes wrong in it may work later, and ends no pass."""
+def _fetch(
+    name: str, connector: Connector, previous: Provenance | None, ledger: Ledger, answers: Counter[str]
+) -> Snapshot:
+    """What the connector gives, counted by kind; whatever else than a KbsyncError goes wrong in it may work later, and
+    ends no pass."""
     try:
         snapshot = _complemented(connector, previous, ledger)
+    except SourceError as error:
+        answers[error.outcome] += 1
+        raise
     except KbsyncError:
         raise
     except Exception as error:
+        answers["failed"] += 1
         raise _mistake(name, error) from error
+    answers["304" if snapshot.not_modified else str(snapshot.provenance.status)] += 1
     return replace(snapshot, content=_Content(name, snapshot.content))
 
 

@@ -56,6 +56,7 @@ from kbsync.review import (
     reviews_of,
     unseen,
 )
+from kbsync.timing import timed
 from kbsync.versions.files import sweep_temporary
 
 __all__ = ["SCHEDULED", "Reconciler", "open_workspace"]
@@ -193,11 +194,14 @@ class Reconciler:
                 judge_rows(db, held, only, without, approve=True, user=self.user, reason=reason)
             review = held.review(db.verdicts(run_id).values())
         policy, line = self.catalog.policy(held.policy), self.line()
-        report = self._decide(policy, line, held.snapshots, run_id=run_id, review=review)
+        seconds: dict[str, float] = {}
+        with timed(seconds, "decide"):
+            report = self._decide(policy, line, held.snapshots, run_id=run_id, review=review)
+        report.seconds = seconds
         with self.ledger.write() as db:
             detail = {"plan": review.digest, "refused": [list(key) for key in sorted(review.refused)], "reason": reason}
             db.audit(self.user, "approve", detail, run_id=run_id)
-        return self._ending(run_id, policy, lambda: self._finish(policy, line, report))
+        return self._ending(run_id, policy, seconds, lambda: self._finish(policy, line, report))
 
     def reject(
         self,
@@ -274,9 +278,14 @@ class Reconciler:
             run_id = db.start_run(policy.policy, model=line.model, trigger=trigger, user=self.user)
             db.set_schedule_state(replace(db.schedule_state(policy.policy), last_started=db.now))
 
+        seconds: dict[str, float] = {}
+
         def act() -> Report:
-            snapshots, failures = (observe or self._observe_all)(policy)
-            report = self._decide(policy, line, snapshots, run_id=run_id, review=review)
+            with timed(seconds, "fetch"):
+                snapshots, failures = (observe or self._observe_all)(policy)
+            with timed(seconds, "decide"):
+                report = self._decide(policy, line, snapshots, run_id=run_id, review=review)
+            report.seconds = seconds
             report.problems.extend(failures)
             if report.status == "held":
                 return report
@@ -284,12 +293,16 @@ class Reconciler:
                 return self._postpone(report)
             return self._finish(policy, line, report, fresh=trigger != "replay")
 
-        return self._ending(run_id, policy, act)
+        return self._ending(run_id, policy, seconds, act)
 
-    def _ending(self, run_id: int, policy: Policy, act: Callable[[], Report]) -> Report:
-        """What the act reports; where it cannot go on, the run ends, and the report says why."""
+    def _ending(self, run_id: int, policy: Policy, seconds: dict[str, float], act: Callable[[], Report]) -> Report:
+        """What the act reports; where it cannot go on, the run ends, and the report says why. However it ends, the
+        ledger learns the seconds of its phases."""
+        computed = 0
         try:
-            return act()
+            report = act()
+            computed = report.computed
+            return report
         except Cancelled as error:
             self._give_up(run_id, "cancelled", error.message)
             raise
@@ -300,6 +313,15 @@ class Reconciler:
         except Exception as error:
             self._give_up(run_id, "failed", place_of(error))
             raise
+        finally:
+            self._note_phases(run_id, seconds, computed)
+
+    def _note_phases(self, run_id: int, seconds: Mapping[str, float], computed: int) -> None:
+        try:
+            with self.ledger.write() as db:
+                db.note_phases(run_id, seconds, {"targets": computed})
+        except KbsyncError as error:  # how the run itself ended says more
+            log.warning("phases_not_noted", run=run_id, problem=error.message)
 
     def _give_up(self, run_id: int, status: Any, message: str) -> None:
         """End a run that cannot go on. What stopped it may keep its end from being written, too: then what went wrong

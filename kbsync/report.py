@@ -34,8 +34,17 @@ class Report:
     """Of each batch that the gate rejected at first: why, how many of its parts were tried, which facts are held."""
     probe: Mapping[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    """By phase of the pass; the phases of its edits added up."""
+    computed: int = 0
+    """Target vectors that were computed in `seconds["targets"]`."""
     notes: list[str] = field(default_factory=list)
     problems: list[KbsyncError] = field(default_factory=list)
+
+    def took(self, seconds: Mapping[str, float], computed: int) -> None:
+        """Add what one edit took."""
+        for phase, value in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+        self.computed += computed
 
     @property
     def exit_code(self) -> int:
@@ -59,6 +68,7 @@ class Report:
             "searches": self.searches,
             "probe": self.probe,
             "seconds": self.seconds,
+            "computed": self.computed,
             "problems": [problem.to_json() for problem in self.problems],
             "exit_code": self.exit_code,
         }

@@ -22,7 +22,7 @@ from kbsync.ledger import Ledger, SourceState
 from kbsync.observe import observe
 from kbsync.policy import Source
 from tests.faultserver import FaultServer, answer, big, cut, drip, redirect, reset
-from tests.ledgers import NOON, claims, dump, opened, snapshot, sync
+from tests.ledgers import NOON, claims, opened, settled, snapshot, sync
 from tests.livedata import GOVERNORS, World
 from tests.sparqlserver import Oxigraph
 
@@ -180,11 +180,11 @@ def test_an_answer_older_than_the_accepted_one_is_refused_whatever_gave_it(tmp_p
 
     with opened(tmp_path) as ledger:
         sync(ledger, as_of(NOON))
-        before = [line for line in dump(tmp_path) if "source_state" not in line]
+        before = settled(tmp_path)
         _, [error], _ = look(ledger, Scripted([], as_of(NOON - HOUR)))
         assert "stale" in error.message
         assert state(ledger).retry_at is not None
-        assert [line for line in dump(tmp_path) if "source_state" not in line] == before
+        assert settled(tmp_path) == before
         let_pass(ledger)
         assert len(look(ledger, Scripted([], as_of(NOON)))[0]) == 1
 
@@ -388,12 +388,12 @@ def test_a_fault_changes_no_ledger_and_the_next_run_works(tmp_path: Path, faults
     source = governors(tmp_path, url, deadline=deadline, max_bytes="1MB")
     with opened(tmp_path) as ledger:
         sync(ledger, *look(ledger, source)[0])
-        before = [line for line in dump(tmp_path) if "source_state" not in line]
+        before = settled(tmp_path)
         faults.on("/sparql", behaviour)
         sent = len(faults.requests)
         snapshots, [failure], _ = look(ledger, source)
         assert (snapshots, type(failure), len(faults.requests) - sent) == ([], error, requests)
-        assert [line for line in dump(tmp_path) if "source_state" not in line] == before
+        assert settled(tmp_path) == before
         faults.on("/sparql", answer(governor("Benjamin"), kind=RESULTS, zipped=True))
         let_pass(ledger, f"127.0.0.1:{faults.port}")
         sync(ledger, *look(ledger, source)[0])
@@ -411,7 +411,7 @@ def test_a_server_that_is_away_changes_no_ledger_either(
     with Oxigraph(timeout_s=1) as own, opened(tmp_path) as ledger:
         world.publish(own)
         sync(ledger, *look(ledger, governors(tmp_path, own.endpoint))[0])
-        before = [line for line in dump(tmp_path) if "source_state" not in line]
+        before = settled(tmp_path)
         source, error = governors(tmp_path, own.endpoint), SourceUnavailable
         with monkeypatch.context() as patch:
             if fault == "refused":
@@ -434,7 +434,7 @@ def test_a_server_that_is_away_changes_no_ledger_either(
                 source = governors(tmp_path, own.endpoint, query="slow.rq")
             _, [failure], _ = look(ledger, source)
             assert type(failure) is error
-        assert [line for line in dump(tmp_path) if "source_state" not in line] == before
+        assert settled(tmp_path) == before
         own.stop()
         own.start()
         world.set("Q1439", "Texas", "Q102", "Ben")

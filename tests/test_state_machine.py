@@ -464,7 +464,7 @@ class Life(stateful.RuleBasedStateMachine):
             return {
                 name: [tuple(row) for row in db._connection.execute(select(table))]
                 for name, table in schema.metadata.tables.items()
-                if name != "source_state"
+                if name not in ("source_state", "source_answer")
             }
 
 

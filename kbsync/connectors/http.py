@@ -240,12 +240,14 @@ class _Exchange:
             yield
         except httpcore.TimeoutException as error:
             waited = f"{host}: no whole answer in {time.monotonic() - self._budget.began:.1f} s"
-            raise SourceUnavailable(
-                self._source, waited, hint=f"`deadline` in {self._file} allows more time"
-            ) from error
+            late = SourceUnavailable(self._source, waited, hint=f"`deadline` in {self._file} allows more time")
+            late.outcome = "timeout"
+            raise late from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             detail = f"{host}: {problem} ({printable(error, 200)})"
-            raise broken(self._source, detail, hint="nothing was changed; run `kbsync sync` later") from error
+            lost = broken(self._source, detail, hint="nothing was changed; run `kbsync sync` later")
+            lost.outcome = "connect" if broken is SourceUnavailable else "cut"
+            raise lost from error
         except BadCoding as error:
             detail = f"{host}: the body is not compressed as its header says ({printable(error, 200)})"
             raise SourceInvalid(self._source, detail) from error
@@ -262,14 +264,19 @@ class _Exchange:
 
     def _refuse(self, url: httpx.URL, response: httpx.Response) -> NoReturn:
         """Raise what a status other than 200 means."""
+        error = self._meaning(url, response)
+        error.outcome = str(response.status_code)
+        raise error
+
+    def _meaning(self, url: httpx.URL, response: httpx.Response) -> SourceError:
         status, host = response.status_code, url.host
         wait = retry_after(response.headers.get("retry-after"), now=datetime.now(UTC))
         problem = f"{host}: status {status} {response.reason_phrase}".rstrip() + _excerpt(response)
         if status in (403, 429, 503):
-            raise self._resting(url, status, problem, wait)
+            return self._resting(url, status, problem, wait)
         if status in (408, 425) or status >= 500:
-            raise SourceUnavailable(self._source, problem, retry_after=wait, hint="run `kbsync sync` later")
-        raise SourceInvalid(self._source, problem, hint=f"see the address and the query in {self._file}")
+            return SourceUnavailable(self._source, problem, retry_after=wait, hint="run `kbsync sync` later")
+        return SourceInvalid(self._source, problem, hint=f"see the address and the query in {self._file}")
 
     def _resting(self, url: httpx.URL, status: int, problem: str, wait: float | None) -> SourceError:
         """The error of a host that wants to be left alone."""

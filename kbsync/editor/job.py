@@ -150,4 +150,6 @@ class EditResult(_Value):
     probe: dict[str, Any]
     numerics: dict[str, Any]
     seconds: dict[str, float]
+    computed: int = 0
+    """Target vectors that were not in the cache: what `seconds["targets"]` was spent on."""
     libraries: dict[str, str]

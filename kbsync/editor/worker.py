@@ -78,6 +78,7 @@ class _Editor:
     base: Base
     statistics: Statistics
     seconds: dict[str, float] = field(default_factory=dict)
+    computed: int = 0
     skipped: frozenset[str] = frozenset()
     """Digests of requests that the base answers: they get no column, and what they supersede leaves all the same."""
     deltas: dict[str, Delta] = field(default_factory=dict)
@@ -135,6 +136,7 @@ class _Editor:
                 for count, (request, target) in enumerate(stream, start=1):
                     store.put(request, target)
                     found[request.digest] = target
+                    self.computed += 1
                     self.progress("targets", count, len(missing))
         return found
 
@@ -340,8 +342,10 @@ def perform(job: EditJob, progress: Progress) -> EditResult:
         forgotten=tuple(sorted(digest for digest, right in still.items() if not right)),
         probe=report.to_json(),
         numerics=_numerics(attempt, targets)
-        | {"capacity": editor.capacity(attempt, report.drift), "contexts": editor.statistics.contexts},
+        | {"capacity": editor.capacity(attempt, report.drift), "contexts": editor.statistics.contexts}
+        | _gpu_peak(),
         seconds={phase: round(value, 3) for phase, value in editor.seconds.items()},
+        computed=editor.computed,
         libraries={name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     )
 
@@ -381,6 +385,13 @@ def _numerics(attempt: _Attempt, targets: Mapping[str, Target]) -> dict[str, Any
         found["jitter"] = attempt.insertion.jitter
         found["effective"] = attempt.insertion.effective
     return found
+
+
+def _gpu_peak() -> dict[str, int]:
+    """The most memory, in bytes, that this process had allocated on one GPU; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu_peak_bytes": max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from kbsync.ledger import schema
 from kbsync.ledger.audit import Auditor
 from kbsync.ledger.database import Session, upsert
 
-__all__ = ["Beat", "MeasureReader", "MeasureWriter"]
+__all__ = ["Beat", "MeasureReader", "MeasureWriter", "Took"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,18 @@ class Beat:
     at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What a part of a run took, or of several, and for how many things."""
+
+    seconds: float
+    amount: int = 0
+    runs: int = 1
+
+
+_NOTHING = Took(0.0)
+
+
 class MeasureReader(Session):
     """Questions about measures."""
 
@@ -33,6 +45,14 @@ class MeasureReader(Session):
         """The last sign of life of each part that has not said goodbye."""
         rows = self._connection.execute(select(schema.heartbeat).order_by(schema.heartbeat.c.part))
         return {row.part: Beat(*row) for row in rows}
+
+    def phases(self, run_id: int) -> dict[str, Took]:
+        """What the parts of a run took."""
+        table = schema.phase
+        query = select(table.c.phase, table.c.milliseconds, table.c.amount).where(table.c.run_id == run_id)
+        return {
+            phase: Took(milliseconds / 1000, items) for phase, milliseconds, items in self._connection.execute(query)
+        }
 
     def run_counts(self) -> dict[tuple[str, str], int]:
         """How many runs there were, by policy ('' for a command's) and status."""
@@ -75,6 +95,31 @@ class MeasureWriter(MeasureReader, Auditor):
         """`part` of this process is alive now."""
         row = {"part": part, "process": process, "detail": dict(detail or {}), "at": self.now}
         upsert(self._connection, schema.heartbeat, [row])
+
+    def note_phases(self, run_id: int, seconds: Mapping[str, float], amounts: Mapping[str, int]) -> None:
+        """Add what parts of a run took, and for how many things, to what the ledger has of it."""
+        before = self.phases(run_id)
+        rows = [
+            {
+                "run_id": run_id,
+                "phase": phase,
+                "milliseconds": round(1000 * (took + before.get(phase, _NOTHING).seconds)),
+                "amount": amounts.get(phase, 0) + before.get(phase, _NOTHING).amount,
+            }
+            for phase, took in seconds.items()
+        ]
+        upsert(self._connection, schema.phase, rows)
+
+    def note_answers(self, source: str, outcomes: Mapping[str, int]) -> None:
+        """Count what a source has answered."""
+        table = schema.source_answer
+        query = select(table.c.outcome, table.c.count).where(table.c.source == source)
+        before = {row.outcome: int(row[1]) for row in self._connection.execute(query)}
+        rows = [
+            {"source": source, "outcome": outcome, "count": before.get(outcome, 0) + number, "last_at": self.now}
+            for outcome, number in outcomes.items()
+        ]
+        upsert(self._connection, table, rows)
 
     def end_beats(self, part: str | None = None) -> None:
         """`part` (None: every part) has ended as it should: that it is silent from now on means nothing."""

@@ -152,11 +152,12 @@ class Arrival(LedgerTable, table=True):
 
 
 class Phase(LedgerTable, table=True):
-    """How long a part of a run took."""
+    """How long a part of a run took, and for how many things: of `targets`, the vectors that were computed."""
 
     run_id: int = Field(primary_key=True, foreign_key="run.id")
     phase: str = text(primary_key=True)
     milliseconds: int
+    amount: int
 
 
 class SourceAnswer(LedgerTable, table=True):

@@ -172,6 +172,7 @@ def _measures() -> None:
         sa.Column("run_id", sa.Integer(), nullable=False),
         sa.Column("phase", sa.Text(), nullable=False),
         sa.Column("milliseconds", sa.Integer(), nullable=False),
+        sa.Column("amount", sa.Integer(), nullable=False),
         sa.ForeignKeyConstraint(["run_id"], ["run.id"], name="fk_phase_run_id"),
         sa.PrimaryKeyConstraint("run_id", "phase", name="pk_phase"),
         sqlite_strict=True,
