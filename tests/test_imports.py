@@ -107,6 +107,7 @@ LIGHT = [
     ["quarantine", "list"],
     ["holds"],
     ["runs"],
+    ["metrics"],
 ]
 
 

@@ -245,14 +245,11 @@ def test_a_connection_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: py
 
 def test_live_while_every_part_beats_and_says_which_one_does_not(up: Running) -> None:
     up.pulse.beat("scheduler")
-    assert up.get("/livez", token="").json() == {
-        "ok": True,
-        "checks": [{"name": "main", "ok": True}, {"name": "scheduler", "ok": True}],
-    }
+    assert checks(up.get("/livez", token="")).items() >= {"main": True, "scheduler": True}.items()
     up.pulse._last["scheduler"] -= 1000
     answer = up.get("/livez")
     assert answer.status_code == 503
-    assert answer.json()["checks"][1] == {"name": "scheduler", "ok": False, "why": "no sign of life for 1000 s"}
+    assert {"name": "scheduler", "ok": False, "why": "no sign of life for 1000 s"} in answer.json()["checks"]
     up.pulse.beat("scheduler")
     assert up.get("/livez").status_code == 200
 

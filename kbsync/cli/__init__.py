@@ -24,6 +24,7 @@ from kbsync.cli import (
     freshness,
     history,
     ledger,
+    metrics,
     model,
     notices,
     read,
@@ -47,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-operations = (setup, write, aliases, decide, status, model, ledger, notices, backup, daemon)
+operations = (setup, write, aliases, decide, status, metrics, model, ledger, notices, backup, daemon)
 questions = (versions, facts, history, blame, bisect, freshness, read)
 for part in (*operations, *questions, demo, bench, study, evaluate):
     app.add_typer(part.app)

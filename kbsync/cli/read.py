@@ -93,12 +93,15 @@ def iso(time: datetime | None) -> str | None:
 
 @app.command()
 def runs(
+    run: Annotated[int | None, typer.Argument(help="One run: its counts, its phases' seconds.")] = None,
     root: Root = Path(),
     limit: Annotated[int, typer.Option("--limit", "-n", help="How many.", min=1)] = 20,
     policy: Annotated[str | None, typer.Option("--policy", help="Only this policy.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List passes, newest first."""
+    """List passes, newest first, or show one."""
+    if run is not None:
+        return _show_run(root, run, as_json)
     with reading(root) as (_, db):
         found = db.runs(limit, policy=policy)
     if as_json:
@@ -113,6 +116,18 @@ def runs(
         ),
     )
     return None
+
+
+def _show_run(root: Path, number: int, as_json: bool) -> None:
+    with reading(root) as (_, db):
+        found, phases = db.run(number), db.phases(number)
+    seconds = {phase: took.seconds for phase, took in phases.items()}
+    if as_json:
+        return emit(asdict(found) | {"seconds": seconds})
+    shown = {"policy": found.policy, "by": found.user, "trigger": found.trigger, "status": found.status}
+    shown |= {"message": found.message, "started": short(found.started_at), "finished": short(found.finished_at)}
+    table(f"run {number}", ("what", "found"), [*shown.items(), *found.counts.items()])
+    return table("phases", ("phase", "seconds"), ((phase, f"{took:.3f}") for phase, took in seconds.items()))
 
 
 def _seconds(run: Any) -> str:

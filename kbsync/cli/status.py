@@ -40,6 +40,8 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
     say(f"waiting: {counted(found['pending'], 'edit')}, {counted(found['holds'], 'hold')}, {runs} for approval")
     _say_capacity(found["capacity"])
     say(f"writer: process {found['writer']}" if found["writer"] else "writer: none (no daemon is running)")
+    if found["server"]:
+        say(f"server: {escape(found['server'])}")
     columns = ("policy", "last pass", "last ok", "next", "state")
     times = ("last_started", "last_ok", "next_due")
     rows = ((p["policy"], *((p[name] or "")[:16] for name in times), p["state"]) for p in found["policies"])
@@ -73,11 +75,20 @@ def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
         "held_runs": [plan.run_id for plan in db.staged_plans()],
         "capacity": _capacity(workspace, db, model),
         "writer": held_by(workspace.lock),
+        "server": _server(workspace, db),
         "freshness": freshness_json(db, catalog),
         "policies": [_policy_state(name, db) for name in sorted(catalog.policies)],
         "sources": [asdict(state) for state in states if state.failures],
         "warnings": [one.warning(catalog.policies) for one in db.orphans(catalog.relations)],
     }
+
+
+def _server(workspace: Workspace, db: Reader) -> str | None:
+    """Where the daemon answers HTTP; None where it does not, or runs no more."""
+    from kbsync.lock import held_by
+
+    beat = db.beats().get("server")
+    return beat.detail.get("address") if beat and held_by(workspace.lock) == str(beat.process) else None
 
 
 def _capacity(workspace: Workspace, db: Reader, model: ModelRow | None) -> dict[str, Any] | None:

@@ -126,7 +126,7 @@ class Daemon:
                 self._wake.wait(self._beat_seconds())
                 self._wake.clear()
                 self._watch()
-                self._pulse.beat("main")
+                self._beat()
                 if self._reloading.is_set():
                     self._reloading.clear()
                     self._tell("reading sources and policies again", RELOADING="1", MONOTONIC_USEC=monotonic_usec())
@@ -136,7 +136,25 @@ class Daemon:
                     self._mind_clock(moved)
             self._pulse.phase = "stopping"
             self._finish()
+            self._note_beats(ended=True)
         log.info("daemon_stopped")
+
+    def _beat(self) -> None:
+        """The main loop's sign of life; now and then the ledger learns those of all parts."""
+        self._pulse.beat("main")
+        if self._pulse.due():
+            self._note_beats()
+
+    def _note_beats(self, *, ended: bool = False) -> None:
+        """`ended`: what is silent from now on has ended as it should."""
+        try:
+            with self._ledger.write() as db:
+                if ended:
+                    db.end_beats()
+                for part, seconds in ({} if ended else self._pulse.since()).items():
+                    db.beat(part, os.getpid(), ago=seconds)
+        except KbsyncError as error:  # alive all the same: the next beat says so
+            log.warning("beats_not_noted", problem=error.message)
 
     def stop(self) -> None:
         """Ask `run` to end: no new work is begun, the current one ends or is put back within the grace time."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Table, and_, delete, func, select
 
 from kbsync.ledger import schema
 from kbsync.ledger.audit import Auditor
 from kbsync.ledger.database import Session, upsert
+from kbsync.ledger.records import ScheduleState, SourceState
 
 __all__ = ["Beat", "MeasureReader", "MeasureWriter", "Took"]
 
@@ -36,6 +37,7 @@ class Took:
 
 
 _NOTHING = Took(0.0)
+_SIZES = ("page_count", "page_size")
 
 
 class MeasureReader(Session):
@@ -53,12 +55,6 @@ class MeasureReader(Session):
         return {
             phase: Took(milliseconds / 1000, items) for phase, milliseconds, items in self._connection.execute(query)
         }
-
-    def run_counts(self) -> dict[tuple[str, str], int]:
-        """How many runs there were, by policy ('' for a command's) and status."""
-        table = schema.run
-        query = select(table.c.policy, table.c.status, func.count()).group_by(table.c.policy, table.c.status)
-        return {(policy or "", status): number for policy, status, number in self._connection.execute(query)}
 
     def failures_in_a_row(self) -> dict[str, int]:
         """How many of a policy's newest passes failed one after the other; 0 for one whose last pass did not."""
@@ -80,20 +76,137 @@ class MeasureReader(Session):
         known = self._connection.scalars(select(table.c.policy).where(table.c.policy.is_not(None)).distinct())
         return {policy: failed.get(policy, 0) for policy in sorted(known)}
 
+    # For the metrics: numbers of rows, never the rows ----------------------------------------------------------------
+
+    def run_counts(self) -> dict[tuple[str, str], int]:
+        """How many runs there were, by policy ('' for a command's) and status."""
+        table = schema.run
+        return self._numbers(table, func.coalesce(table.c.policy, ""), table.c.status)
+
+    def phase_totals(self) -> dict[tuple[str, str], Took]:
+        """What the phases of all runs took, by policy and phase."""
+        table, run = schema.phase, schema.run
+        of = (func.coalesce(run.c.policy, ""), table.c.phase)
+        sums = (func.sum(table.c.milliseconds), func.sum(table.c.amount), func.count())
+        query = select(*of, *sums).join(run, run.c.id == table.c.run_id).group_by(*of).order_by(*of)
+        rows = self._connection.execute(query)
+        return {(policy, phase): Took(int(took) / 1000, int(n), runs) for policy, phase, took, n, runs in rows}
+
+    def last_targets(self) -> Took | None:
+        """What computing target vectors took in the newest run that computed any."""
+        table = schema.phase
+        query = select(table.c.milliseconds, table.c.amount).where(table.c.phase == "targets", table.c.amount > 0)
+        row = self._connection.execute(query.order_by(table.c.run_id.desc()).limit(1)).first()
+        return None if row is None else Took(row[0] / 1000, row[1])
+
+    def schedule_states(self) -> list[ScheduleState]:
+        """When each policy's pass last began, ended well, and is due."""
+        query = select(schema.schedule_state).order_by(schema.schedule_state.c.policy)
+        return [ScheduleState(*row) for row in self._connection.execute(query)]
+
+    def source_states(self) -> list[SourceState]:
+        """How each source has behaved that is known for anything; without the hosts, which are kept among them."""
+        table = schema.source_state
+        query = select(table).where(table.c.source.not_like("host %")).order_by(table.c.source)
+        return [SourceState(*row) for row in self._connection.execute(query)]
+
+    def answers(self) -> dict[tuple[str, str], tuple[int, datetime]]:
+        """How often each source gave each kind of answer, and when last."""
+        table = schema.source_answer
+        rows = self._connection.execute(select(table).order_by(table.c.source, table.c.outcome))
+        return {(source, outcome): (number, last) for source, outcome, number, last in rows}
+
+    def held_runs(self) -> dict[str, tuple[int, datetime]]:
+        """How many runs of a policy wait for approval, and the oldest since when."""
+        staged, run = schema.staged, schema.run
+        policy = func.coalesce(run.c.policy, "")
+        query = select(policy, func.count(), func.min(staged.c.staged_at)).join(run, run.c.id == staged.c.run_id)
+        return {name: (number, since) for name, number, since in self._connection.execute(query.group_by(policy))}
+
     def fact_counts(self) -> dict[tuple[str, str], int]:
         """How many facts are held true, by relation and status."""
         table = schema.fact
-        query = select(table.c.relation, table.c.status, func.count()).where(table.c.until.is_(None))
-        rows = self._connection.execute(query.group_by(table.c.relation, table.c.status))
-        return {(relation, status): number for relation, status, number in rows}
+        return self._numbers(table, table.c.relation, table.c.status, where=table.c.until.is_(None))
+
+    def conflict_counts(self) -> dict[tuple[str, str], int]:
+        """How many conflicts are open, by relation and kind."""
+        table = schema.conflict
+        return self._numbers(table, table.c.relation, table.c.kind, where=table.c.closed_at.is_(None))
+
+    def waiting_counts(self) -> dict[tuple[str, str], int]:
+        """How many keys wait, by relation and reason."""
+        table = schema.waiting
+        return self._numbers(table, table.c.relation, table.c.reason, where=table.c.until.is_(None))
+
+    def quarantine_counts(self) -> dict[tuple[str], int]:
+        """How many rows cannot be used, by source."""
+        table = schema.quarantine
+        return self._numbers(table, table.c.source, where=table.c.until_fetch.is_(None))
+
+    def hold_counts(self, model: str, *, ever: bool = False) -> dict[tuple[str], int]:
+        """How many keys of a model are held, by reason; `ever`: were, too."""
+        table = schema.hold
+        where = table.c.model == model
+        return self._numbers(table, table.c.reason, where=where if ever else and_(where, table.c.until.is_(None)))
+
+    def version_counts(self, model: str) -> dict[tuple[str], int]:
+        """How many versions were published, by kind; the base is none."""
+        table = schema.version
+        return self._numbers(table, table.c.kind, where=and_(table.c.model == model, table.c.kind != "base"))
+
+    def gate_counts(self, model: str) -> dict[tuple[str, str], int]:
+        """How often a policy's edits came through the gate (`published`) or did not (`rejected`)."""
+        found: dict[tuple[str, str], int] = {}
+        version, probe, run = schema.version, schema.probe_result, schema.run
+        tried = (
+            ("published", version, version.c.kind.in_(("edit", "rebase"))),
+            ("rejected", probe, probe.c.version.is_(None)),
+        )
+        for result, table, which in tried:
+            policy = func.coalesce(run.c.policy, "")
+            query = select(policy, func.count()).select_from(table).outerjoin(run, run.c.id == table.c.run_id)
+            for name, number in self._connection.execute(query.where(table.c.model == model, which).group_by(policy)):
+                found[name, result] = number
+        return found
+
+    def check_counts(self, model: str) -> dict[tuple[bool], int]:
+        """How many checks of old facts found them answered, or not."""
+        table = schema.fact_check
+        return self._numbers(table, table.c.answered, where=table.c.model == model)
+
+    def notice_counts(self) -> dict[tuple[str], int]:
+        """How many notices there were, by kind."""
+        return self._numbers(schema.notice, schema.notice.c.kind)
+
+    def undelivered(self) -> dict[tuple[str], int]:
+        """How many notices have not come through, by channel."""
+        table = schema.delivery
+        return self._numbers(table, table.c.channel, where=table.c.delivered_at.is_(None))
+
+    def size(self) -> int:
+        """Bytes of the database."""
+        if self._connection.dialect.name == "sqlite":
+            pages, size = (self._connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in _SIZES)
+            return int(pages) * int(size)
+        return int(self._connection.scalar(select(func.pg_database_size(func.current_database()))) or 0)
+
+    def _numbers(self, table: Table, *groups: Any, where: Any = None) -> dict[Any, int]:
+        """Numbers of rows by the values of `groups`, always a tuple."""
+        query = select(*groups, func.count()).select_from(table).group_by(*groups).order_by(*groups)
+        rows = self._connection.execute(query if where is None else query.where(where))
+        return {tuple(group): number for *group, number in rows}
 
 
 class MeasureWriter(MeasureReader, Auditor):
     """What a Writer may write about measures."""
 
-    def beat(self, part: str, process: int, detail: Mapping[str, Any] | None = None) -> None:
-        """`part` of this process is alive now."""
-        row = {"part": part, "process": process, "detail": dict(detail or {}), "at": self.now}
+    def beat(self, part: str, process: int, detail: Mapping[str, Any] | None = None, *, ago: float = 0.0) -> None:
+        """`part` of this process was alive `ago` seconds ago. `detail`: what it says of itself; None: what it said."""
+        if detail is None:
+            before = self.beats().get(part)
+            detail = before.detail if before else {}
+        at = self.now - timedelta(seconds=ago)
+        row = {"part": part, "process": process, "detail": dict(detail), "at": at}
         upsert(self._connection, schema.heartbeat, [row])
 
     def note_phases(self, run_id: int, seconds: Mapping[str, float], amounts: Mapping[str, int]) -> None:

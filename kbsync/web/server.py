@@ -25,7 +25,7 @@ from kbsync.config import CONFIG, Workspace
 from kbsync.errors import ConfigError, KbsyncError
 from kbsync.ledger import Ledger
 from kbsync.metrics import Exposition
-from kbsync.pulse import Pulse
+from kbsync.pulse import BEAT, Pulse
 from kbsync.web.access import HEAD_BYTES, read_token
 from kbsync.web.app import make_app
 from kbsync.web.health import Health
@@ -67,7 +67,12 @@ def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse) -> Iterator[str 
     if settings is None:
         yield None
         return
-    app = make_app(settings, read_token(workspace), Health(workspace, ledger, pulse), Exposition(workspace, ledger))
+
+    async def beat() -> None:
+        pulse.beat("server")
+
+    exposition = Exposition(workspace, ledger, process=True)
+    app = make_app(settings, read_token(workspace), Health(workspace, ledger, pulse), exposition)
     config = uvicorn.Config(
         app,
         http=_Impatient,
@@ -79,6 +84,8 @@ def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse) -> Iterator[str 
         server_header=False,
         headers=[("connection", "close")],
         proxy_headers=False,
+        callback_notify=beat,
+        timeout_notify=int(BEAT),
         limit_concurrency=MOST_CONNECTIONS,
         h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_graceful_shutdown=int(PATIENCE),
