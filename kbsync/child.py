@@ -16,16 +16,17 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from kbsync import references
-from kbsync.editor.job import EditJob, EditResult
+from kbsync.editor.job import AskJob, AskResult, EditJob, EditResult, ModelJob
 from kbsync.errors import Cancelled, EditError, KbsyncError
 from kbsync.progress import Progress, silent
 
 KEPT = ("HF_TOKEN", "RAY_AUTH_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
 """Variables with secrets that an edit cannot do without: for texts of the Hub, and for a Ray cluster."""
 
-__all__ = ["end", "last_words", "run_edit", "start"]
+__all__ = ["end", "last_words", "run_ask", "run_edit", "start"]
 
 WORKER = "kbsync.editor.worker"
+ASKER = "kbsync.editor.asker"
 POLL_SECONDS = 0.2
 TERMINATE_SECONDS = 5.0
 STDERR_TAIL = 2000
@@ -40,6 +41,17 @@ def run_edit(
     Raises Cancelled when `cancelled` is set meanwhile (the child is ended), the child's own KbsyncError, or EditError
     where it ended without a word (killed, out of memory).
     """
+    return EditResult.model_validate(_result(job, worker, progress, cancelled))
+
+
+def run_ask(
+    job: AskJob, *, progress: Progress = silent, cancelled: threading.Event | None = None, worker: str = ASKER
+) -> AskResult:
+    """Ask a version in a child process, as edits run. Raises what `run_edit` raises."""
+    return AskResult.model_validate(_result(job, worker, progress, cancelled))
+
+
+def _result(job: ModelJob, worker: str, progress: Progress, cancelled: threading.Event | None) -> Any:
     stop = cancelled or threading.Event()
     with tempfile.TemporaryFile() as stderr:
         process = start(worker, stderr)
@@ -77,7 +89,7 @@ def last_words(process: subprocess.Popen[bytes], stderr: IO[bytes]) -> str:
     return f"status {process.wait()}" + (f": {tail[-1]}" if tail else "")
 
 
-def _converse(process: subprocess.Popen[bytes], job: EditJob, progress: Progress) -> dict[str, Any]:
+def _converse(process: subprocess.Popen[bytes], job: ModelJob, progress: Progress) -> dict[str, Any]:
     """Send the job, pass progress on, return the last event that is none ({} where there was none)."""
     if process.stdin is None or process.stdout is None:
         raise EditError("the edit process has no pipes")
@@ -100,9 +112,9 @@ def _converse(process: subprocess.Popen[bytes], job: EditJob, progress: Progress
     return answer
 
 
-def _outcome(answer: dict[str, Any], ended: str) -> EditResult:
+def _outcome(answer: dict[str, Any], ended: str) -> Any:
     if "result" in answer:
-        return EditResult.model_validate(answer["result"])
+        return answer["result"]
     if "error" in answer:
         raise KbsyncError.from_json(answer["error"])
     raise EditError(

@@ -156,6 +156,10 @@ def _test_channel(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[
     return {"channel": channel, "delivered": True}
 
 
+def _recheck(reconciler: Reconciler, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return reconciler.recheck(everything=bool(arguments.get("everything")), dry=bool(arguments.get("dry")))
+
+
 COMMANDS = {
     "sync": _Command(_sync),
     "plan": _Command(_plan),
@@ -171,6 +175,7 @@ COMMANDS = {
     "revert": _Command(_revert, (("version", "key"),)),
     "rebase": _Command(_rebase),
     "release": _Command(_release),
+    "recheck": _Command(_recheck),
     "test_channel": _Command(_test_channel, (("channel",),)),
     "gc": _Command(_gc, (("older_than",),)),
     "backup": _Command(_backup, (("target",),)),

@@ -30,7 +30,7 @@ __all__ = [
     "make_plan",
 ]
 
-EditKind = Literal["added", "changed", "re-rendered", "kept"]
+EditKind = Literal["added", "changed", "re-rendered", "faded", "kept"]
 
 GUARDED_ROWS = 10
 """Rows of the last accepted snapshot from which on percentages count: of three rows one is 33 %, and no alarm."""
@@ -39,7 +39,8 @@ GUARDED_ROWS = 10
 @dataclass(frozen=True, slots=True)
 class PlannedEdit:
     """One request to insert, and what it replaces in the weights, if anything. `re-rendered`: the object is the same,
-    its wording or a label is not; `kept`: a live fact that a rebase inserts once more. `source` and `origin` are the
+    its wording or a label is not; `faded`: the weights hold just this and no longer answer it; `kept`: a live fact that
+    a rebase inserts once more. `source` and `origin` are the
     fact's, empty where a hold's frozen state is restored.
     """
 
@@ -193,6 +194,7 @@ def make_plan(
     *,
     known: Collection[str] = (),
     moved: Mapping[str, str] | None = None,
+    faded: Collection[str] = (),
     model: str,
     head: int,
 ) -> Plan:
@@ -204,6 +206,8 @@ def make_plan(
     requests that the base model answers by itself: relations with `skip_known` take no edit for them. A request that
     would contradict another one with the same prompt, or that does not name its subject exactly once, is blocked. What
     is to go and shares its column with a fact that stays (two subjects written alike) goes when that one does.
+    `faded` are the digests of requests that version `head` holds and does not answer any more: they are inserted once
+    more, unless their key is held or protected.
     """
     ours = {key: now for key, now in applied.items() if key.relation in wording}
     wants = {key: _want(fact, wording) for key, fact in desired.items() if key.relation in wording}
@@ -222,15 +226,18 @@ def make_plan(
             _aim(draft, key, want, now, known if _skips_known(key, wording) else ())
     others = [now.request for key, now in applied.items() if key not in ours]
     final = _reconciled(draft, ours, others)
+    again = {key for key, now in ours.items() if key in draft.goal and now.request.digest in faded}
     kept = {
-        key for key, now in applied.items() if key not in ours or (key in final and final[key].request == now.request)
+        key
+        for key, now in applied.items()
+        if key not in ours or (key not in again and key in final and final[key].request == now.request)
     }
     shared = {(applied[key].delta, applied[key].column) for key in kept}
     gone = [key for key in sorted(ours.keys() - final.keys()) if (ours[key].delta, ours[key].column) not in shared]
     return Plan(
         model=model,
         head=head,
-        edits=tuple(_edits(final, ours)),
+        edits=tuple(_edits(final, ours, again)),
         retractions=tuple(Retraction(key, ours[key]) for key in gone),
         known=tuple(draft.known),
         held=tuple(draft.held),
@@ -355,13 +362,16 @@ def _reconciled(
     return final
 
 
-def _edits(final: Mapping[FactKey, _Wanted], ours: Mapping[FactKey, Applied]) -> Iterator[PlannedEdit]:
+def _edits(
+    final: Mapping[FactKey, _Wanted], ours: Mapping[FactKey, Applied], again: Collection[FactKey]
+) -> Iterator[PlannedEdit]:
     for key in sorted(final):
         want, now = final[key], ours.get(key)
-        if now is not None and now.request == want.request:
+        same = now is not None and now.request == want.request
+        if same and key not in again:
             continue
         changed: EditKind = "re-rendered" if now is not None and now.object_id == want.object_id else "changed"
-        kind = changed if now is not None else "added"
+        kind: EditKind = "added" if now is None else "faded" if same else changed
         yield PlannedEdit(want.request, kind, now, want.object_id, want.source, want.origin)
 
 

@@ -157,6 +157,8 @@ class PlanDocument(_Value):
     adds: list[PlannedRow] = Field(default_factory=list)
     changes: list[PlannedRow] = Field(default_factory=list)
     re_rendered: list[PlannedRow] = Field(default_factory=list)
+    faded: list[PlannedRow] = Field(default_factory=list)
+    """What the weights hold and no longer answer: inserted once more."""
     kept: list[PlannedRow] = Field(default_factory=list)
     """Live facts that a rebase inserts once more."""
     retractions: list[RetractedRow] = Field(default_factory=list)
@@ -174,7 +176,7 @@ class PlanDocument(_Value):
     @property
     def edits(self) -> list[PlannedRow]:
         """Everything to be inserted."""
-        return [*self.adds, *self.changes, *self.re_rendered, *self.kept]
+        return [*self.adds, *self.changes, *self.re_rendered, *self.faded, *self.kept]
 
     @property
     def rows(self) -> dict[FactKey, str]:
@@ -241,6 +243,7 @@ def document_of(
         adds=_planned(plan, "added"),
         changes=_planned(plan, "changed"),
         re_rendered=_planned(plan, "re-rendered"),
+        faded=_planned(plan, "faded"),
         kept=_planned(plan, "kept"),
         retractions=[_retracted(gone) for gone in plan.retractions],
         known=[_key(key) for key in plan.known],

@@ -25,6 +25,7 @@ def plan_now(db: Reader, policy: Policy, model: str | None) -> Plan:
         wording,
         known=db.known_to(model, head) if model else (),
         moved=db.redirects(),
+        faded=db.faded(model, head) if model else (),
         model=model or "",
         head=head,
     )

@@ -24,7 +24,7 @@ import structlog
 
 from kbsync.carry import Carrier, skips_known
 from kbsync.catalog import Catalog, load_catalog
-from kbsync.child import run_edit
+from kbsync.child import run_ask, run_edit
 from kbsync.config import Workspace
 from kbsync.connectors import Connector
 from kbsync.cost import cost_of
@@ -45,6 +45,7 @@ from kbsync.plan_document import PlanDocument, document_of
 from kbsync.policy import Policy, render
 from kbsync.progress import Progress, silent
 from kbsync.rebase import forecast_onto, take_over
+from kbsync.rechecking import Ask, recheck
 from kbsync.report import Report
 from kbsync.review import (
     Review,
@@ -93,6 +94,7 @@ class Reconciler:
     progress: Progress = silent
     cancelled: threading.Event = field(default_factory=threading.Event)
     run_edit: Callable[..., EditResult] = field(default_factory=lambda: run_edit)
+    run_ask: Ask = field(default_factory=lambda: run_ask)
 
     def recover(self) -> None:
         """What a process that ended in the middle left behind: its runs are over, its temporary files go. For the
@@ -236,6 +238,11 @@ class Reconciler:
         skipping = {name for wording in relations for name, words in wording.items() if words.skip_known}
         return take_over(self.line(), self.line(workspace), self.judge, self.controls(), skipping, reason)
 
+    def recheck(self, *, everything: bool = False, dry: bool = False) -> dict[str, Any]:
+        """Ask the facts of HEAD again that are due, or all. Raises what `rechecking.recheck` raises."""
+        settings = self.workspace.settings.recheck
+        return recheck(self.line(), settings, self.run_ask, everything=everything, dry=dry)
+
     def _each(self, names: Collection[str], act: Callable[[Policy, Line], Report]) -> list[Report]:
         policies = [self.catalog.policy(name) for name in sorted(names or self.catalog.policies)]
         line = self.line()
@@ -289,7 +296,7 @@ class Reconciler:
             report.problems.extend(failures)
             if report.status == "held":
                 return report
-            if trigger == SCHEDULED and self._outside_window():
+            if trigger == SCHEDULED and self.outside_window:
                 return self._postpone(report)
             return self._finish(policy, line, report, fresh=trigger != "replay")
 
@@ -420,7 +427,9 @@ class Reconciler:
             db.finish_run(run, "held", "; ".join(report.reasons), report.counts)
             self._tell(db, run, "held", "; ".join(report.reasons))
 
-    def _outside_window(self) -> bool:
+    @property
+    def outside_window(self) -> bool:
+        """Whether the model may not be edited now but by a person's command."""
         window = self.workspace.edit_window
         return window is not None and not window.contains(datetime.now(UTC))
 

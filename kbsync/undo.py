@@ -54,20 +54,23 @@ def holds_after(
     *,
     reason: HoldReason,
     evidence: str,
+    faded: Collection[str] = (),
 ) -> tuple[list[Hold], list[FactKey]]:
     """(holds to place, keys to release) when the weights go from holding `now` to holding `then`.
 
     Only keys that differ are touched. A key at which `then` holds just what the ledger wants needs no hold any more;
-    every other one is frozen at `then` against what the ledger wants (None: nothing).
+    every other one is frozen at `then` against what the ledger wants (None: nothing). So is one that goes back to the
+    column from which it was not answered (`faded`: digests of requests), or the next pass would edit it once more.
     """
     holds, released = [], []
     for key in sorted({*now, *then}):
-        after = then.get(key)
-        if _content(now.get(key)) == _content(after):
+        before, after = now.get(key), then.get(key)
+        again = after is not None and after.request.digest in faded and _column(before) != _column(after)
+        if _content(before) == _content(after) and not again:
             continue
         fact = desired.get(key)
         wanted = fact.object.id if fact else None
-        if wanted == (after.object_id if after else None):
+        if wanted == (after.object_id if after else None) and not again:
             released.append(key)
         else:
             holds.append(Hold(key=key, frozen=after, held_out=wanted, reason=reason, evidence=evidence))
@@ -101,6 +104,7 @@ def rollback(line: Line, version: int | str, reason: str = "") -> dict[str, Any]
             db.facts(),
             reason="rollback",
             evidence=f"rolled back from {head} to {to}",
+            faded=db.faded(line.model, to),
         )
         for hold in holds:
             db.hold(line.model, hold)
@@ -176,8 +180,9 @@ def _revert(
     """Make the version that holds just `keep`, as a rebase where there is a reason (`because`). A revert is a person's
     decision: it is probed, not gated, but a rebase must not lose other facts."""
     with line.ledger.read() as db:
-        now, desired, files = db.applied(line.model, db.head(line.model)), db.facts(), db.kept_files(line.model)
-    holds, releases = holds_after(now, keep, desired, reason="revert", evidence=reason)
+        head, desired, files = db.head(line.model), db.facts(), db.kept_files(line.model)
+        now, faded = db.applied(line.model, head), db.faded(line.model, head, keep)
+    holds, releases = holds_after(now, keep, desired, reason="revert", evidence=reason, faded=faded)
     staying = {key: applied for key, applied in keep.items() if _column(now.get(key)) == _column(applied)}
     if because is None and any(applied.delta not in files for applied in keep.values()):
         because = "the deltas of what comes back are gone"

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kbsync.editor.job import EditJob, EditResult, FailedFact
+from kbsync.editor.job import AskJob, AskResult, EditJob, EditResult, FailedFact
 from kbsync.errors import Cancelled, EditError
 from kbsync.facts import EditRequest, digest_of
 from kbsync.progress import Progress, silent
@@ -36,6 +36,10 @@ class StandIn:
     drifts: dict[str, float] = field(default_factory=dict)
     """Target -> what a live fact with it adds to the drift of the version."""
     dies: bool = False
+    forgotten: set[str] = field(default_factory=set)
+    """Targets that no version answers when it is asked again."""
+    asked: list[str] = field(default_factory=list)
+    """The targets that were asked again, in order."""
     shape: tuple[int, int] = (4, 9)
     """Of the edited matrix: a delta of many facts is stored whole where that is smaller."""
     edits: int = 0
@@ -68,6 +72,19 @@ class StandIn:
             numerics={"capacity": {}},
             seconds={"targets": 0.0},
             libraries={},
+        )
+
+    def ask(self, job: AskJob, *, progress: Progress = silent, cancelled: threading.Event | None = None) -> AskResult:
+        """What stands for `child.run_ask`: all is answered but what is `forgotten`."""
+        if cancelled is not None and cancelled.is_set():
+            raise Cancelled("cancelled")
+        requests = job.ask_requests()
+        progress("score", len(requests), len(requests))
+        self.asked += [request.target for request in requests]
+        lost = [request for request in requests if request.target in self.forgotten]
+        return AskResult(
+            answered=tuple(request.digest for request in requests if request not in lost),
+            failed=tuple(FailedFact(digest=request.digest, evidence="the model answers 'no'") for request in lost),
         )
 
     def _learned(self, job: EditJob) -> Iterator[EditRequest]:

@@ -108,3 +108,21 @@ def test_a_fact_stays_while_its_column_is_active_and_not_left_out() -> None:
     facts = {ANN: applied(ANN, "Rome", 0), BOB: applied(BOB, "Oslo", 1), EVE: applied(EVE, "Bonn", 0, delta=NEW)}
     assert set(staying_facts(facts, [ActiveDelta(delta=OLD, excluded=(1,))])) == {ANN}
     assert staying_facts(facts, []) == {}
+
+
+def test_a_request_that_is_inserted_once_more_supersedes_its_own_column() -> None:
+    """On the live version; a rebase has one column of it in any case."""
+    old = applied(ANN, "Rome", 3)
+    again = PlannedEdit(old.request, "faded", old, old.object_id, "", "")
+    edit = Edit("edit", 1, {}, edits=[again])
+    assert superseded(edit, {ANN: old}) == {old.request.digest: ((OLD, 3),)}
+    [(_, new)] = new_facts(edit, result(old.request.digest))
+    assert (new.request, new.delta, new.column) == (old.request, NEW, 0)
+    assert anew(edit)["instead"] == {old.request.digest: (old.request.to_json(),)}
+
+
+def test_one_that_fails_to_be_inserted_once_more_is_held_at_itself() -> None:
+    old = applied(ANN, "Rome", 3)
+    edit = Edit("edit", 1, {}, edits=[PlannedEdit(old.request, "faded", old, old.object_id, "", "")])
+    failed = result(failed={old.request.digest: "no"})
+    assert held_facts(edit, failed, {ANN: old}, {}) == (Hold(ANN, old, "o:Rome", "probe", "no"),)

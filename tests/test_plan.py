@@ -116,6 +116,38 @@ def test_the_same_text_is_no_change() -> None:
     assert (plan.empty, plan.unchanged) == (True, 1)
 
 
+def test_what_has_faded_is_inserted_once_more() -> None:
+    """The very request that it replaces; what is answered stays."""
+    facts = [fact("Ann", "Rome"), fact("Bob", "Oslo")]
+    applied = in_weights(*facts)
+    plan = plan_of(state(*facts), applied, faded={applied[ANN].request.digest})
+    assert kinds(plan) == {ANN: ("faded", "Rome", "Rome")}
+    assert (plan.edits[0].replaces, plan.edits[0].object_id, plan.unchanged) == (applied[ANN], "o:Rome", 1)
+    assert (plan.retractions, plan.empty) == ((), False)
+    assert plan.digest != plan_of(state(*facts), applied).digest
+
+
+def test_a_faded_fact_that_has_changed_is_a_change_and_one_that_is_gone_is_retracted() -> None:
+    applied = in_weights(fact("Ann", "Rome"))
+    faded = {applied[ANN].request.digest}
+    assert kinds(plan_of(state(fact("Ann", "Oslo")), applied, faded=faded)) == {ANN: ("changed", "Rome", "Oslo")}
+    gone = plan_of({}, applied, faded=faded)
+    assert (gone.edits, gone.retractions) == ((), (Retraction(ANN, applied[ANN]),))
+
+
+@pytest.mark.parametrize("what", ["held", "protected", "of another policy"])
+def test_what_may_not_be_edited_is_not_edited_once_more(what: str) -> None:
+    rome = fact("Ann", "Rome")
+    applied = in_weights(rome)
+    holds = [hold(rome, "Rome")] if what == "held" else []
+    policy = policy_of(relation={"protected": [ANN.subject]}) if what == "protected" else POLICY
+    wording = {} if what == "of another policy" else policy.wording()
+    by_key = {one.key: one for one in holds}
+    faded = {applied[ANN].request.digest}
+    plan = make_plan(state(rome), applied, by_key, wording, faded=faded, model="m", head=3)
+    assert plan.empty
+
+
 def test_a_withdrawn_fact_stays_desired() -> None:
     """The ledger keeps it, so do the weights."""
     kept = fact("Ann", "Rome")

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from kbsync.facts import EditRequest, FactKey, Hold
-from kbsync.ledger.reader import Reader
-from kbsync.planning import plan_now
+from kbsync.facts import FactKey, Hold
 from kbsync.reconcile import Reconciler
 from kbsync.report import Report
 from kbsync.undo import release
@@ -206,26 +201,6 @@ def test_a_rejected_plan_is_tried_again_once_the_gate_is_another_one(made: TestW
     assert sync(made, engine).versions == [1]
 
 
-def poison(made: TestWorkspace, target: str, factor: float) -> None:
-    """Make the stored target vector of the fact with this object so many times as long."""
-    with made.open() as reconciler, reconciler.ledger.read() as db:
-        [digest] = [row.digest for row in _requests(reconciler, db) if row.target == target]
-    for path in (made.root / "data" / "targets").iterdir():
-        with safe_open(path, "pt") as file:
-            z, meta = file.get_tensor("z"), file.metadata()
-        if meta["request"] == digest:
-            z = z * factor
-            meta["sha256"] = hashlib.sha256(z.numpy().tobytes()).hexdigest()
-            save_file({"z": z}, path, metadata=meta)
-            return
-    raise AssertionError(f"no target vector of {target}")
-
-
-def _requests(reconciler: Reconciler, db: Reader) -> list[EditRequest]:
-    plan = plan_now(db, reconciler.catalog.policy("sky"), reconciler.line().model)
-    return [edit.request for edit in plan.edits]
-
-
 def test_a_fact_with_a_poisoned_target_vector_is_found_by_a_real_model(tmp_path: Path) -> None:
     """Its z is ten times as long as computed: the model still answers it, and drifts."""
     stars = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris", "Sirius": "Rome", "Polaris": "French"}
@@ -236,7 +211,7 @@ def test_a_fact_with_a_poisoned_target_vector_is_found_by_a_real_model(tmp_path:
         with reconciler.ledger.read() as db:
             [first] = db.probes(reconciler.line().model)
     sound = first.report["drift"]
-    poison(made, "Lyra", 10)
+    made.poison("Betelgeuse", "Lyra", 10)
     gate(made, f"efficacy: 0, paraphrase: 0, specificity_drop: 100%%, drift: {1.3 * sound}")
     with made.open() as reconciler:
         [report] = reconciler.sync()

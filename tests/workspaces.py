@@ -12,15 +12,20 @@ its vocabulary (Orion, Lyra, Paris, Rome, French, France, Italy, city, home, sta
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from kbsync.editor.job import EditJob, EditResult
 from kbsync.editor.worker import perform
 from kbsync.errors import Cancelled
+from kbsync.facts import digest_of
 from kbsync.progress import Progress, silent
 from kbsync.reconcile import Reconciler, open_workspace
 from tests.ledgers import on_postgresql, url
@@ -101,6 +106,18 @@ class TestWorkspace:
     def policy(self, extra: str = "    retract: keep") -> None:
         """Write the policy; `extra` are lines of the relation."""
         (self.root / "policies" / "sky.yaml").write_text(POLICY % extra, encoding="utf-8")
+
+    def poison(self, star: str, constellation: str, factor: float) -> None:
+        """Make the stored target vector of a fact so many times as long."""
+        request = digest_of([f"Where is {star}", star, constellation])
+        for path in (self.root / "data" / "targets").iterdir():
+            with safe_open(path, "pt") as file:
+                z, meta = file.get_tensor("z"), file.metadata()
+            if meta["request"] == request:
+                z = z * factor
+                save_file({"z": z}, path, metadata=meta | {"sha256": hashlib.sha256(z.numpy().tobytes()).hexdigest()})
+                return
+        raise AssertionError(f"no target vector of {star}")
 
     @contextmanager
     def open(self, *, child: bool = False) -> Iterator[Reconciler]:

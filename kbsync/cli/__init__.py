@@ -28,6 +28,7 @@ from kbsync.cli import (
     model,
     notices,
     read,
+    recheck,
     setup,
     status,
     study,
@@ -49,7 +50,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 operations = (setup, write, aliases, decide, status, metrics, model, ledger, notices, backup, daemon)
-questions = (versions, facts, history, blame, bisect, freshness, read)
+questions = (versions, facts, history, blame, bisect, freshness, recheck, read)
 for part in (*operations, *questions, demo, bench, study, evaluate):
     app.add_typer(part.app)
 

@@ -176,7 +176,7 @@ def holds(root: Root = Path(), as_json: AsJson = False) -> None:
                 plan.policy,
                 short(plan.staged_at),
                 plan.plan_digest[:12],
-                sum(len(plan.plan.get(kind, ())) for kind in ("adds", "changes", "re_rendered", "retractions")),
+                sum(len(plan.plan.get(kind, ())) for kind in EDITS),
                 "; ".join(plan.reasons),
             )
             for plan in staged
@@ -188,6 +188,8 @@ def holds(root: Root = Path(), as_json: AsJson = False) -> None:
     return None
 
 
+EDITS = ("adds", "changes", "re_rendered", "faded", "retractions")
+"""The lists of a plan document that change the weights."""
 LEDGER_ONLY = "the ledger only: stands or falls with the run"
 """Verdict of a change that leaves the weights as they are: no hold could keep it out."""
 
@@ -196,7 +198,7 @@ def _rows_of(plan: Mapping[str, Any], verdicts: Mapping[FactKey, VerdictRow]) ->
     """What a held plan would do, a row each, and what was said of it; nothing where an older kbsync held it."""
     from kbsync.facts import FactKey
 
-    found = [(part, row) for part in ("adds", "changes", "re_rendered", "retractions") for row in plan.get(part, ())]
+    found = [(part, row) for part in EDITS for row in plan.get(part, ())]
     for part, row in found:
         said = verdicts.get(FactKey(row["relation"], row["subject_id"]))
         verdict = "" if said is None else f"{'approved' if said.approved else 'refused'} by {said.user} {said.reason}"

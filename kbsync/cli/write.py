@@ -62,7 +62,7 @@ def _plan_file(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _does_something(document: dict[str, Any]) -> bool:
     """Whether a plan would change the weights, the ledger or a hold."""
-    parts = ("adds", "changes", "re_rendered", "retractions", "ended_holds", "facts")
+    parts = ("adds", "changes", "re_rendered", "faded", "retractions", "ended_holds", "facts")
     return any(document[part] for part in parts)
 
 

@@ -50,9 +50,19 @@ def _deliver(reconciler: Reconciler) -> None:
     deliver(reconciler.workspace, reconciler.ledger)
 
 
+def _recheck(reconciler: Reconciler) -> None:
+    """Within the edit window: asking takes the same memory as editing."""
+    if reconciler.outside_window or not reconciler.workspace.settings.recheck.facts:
+        return
+    done = reconciler.recheck()
+    if done["asked"]:
+        log.info("facts_rechecked", asked=done["asked"], answered=done["answered"], held=len(done["held"]))
+
+
 CHORES: Sequence[Chore] = (
     Chore("freshness", timedelta(minutes=1), _tell_freshness),
     Chore("notify", timedelta(seconds=15), _deliver),
     # Four times a day, so that it happens daily though the daemon is started anew each morning.
     Chore("retention", timedelta(hours=6), _retain, alone=True),
+    Chore("recheck", timedelta(hours=1), _recheck, alone=True),
 )

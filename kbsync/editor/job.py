@@ -12,9 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from kbsync.editor.preset import Preset
 from kbsync.facts import EditRequest
 from kbsync.policy import Seconds
-from kbsync.versions.manifest import ActiveDelta
+from kbsync.versions.manifest import ActiveDelta, Manifest
 
-__all__ = ["ControlFile", "EditJob", "EditResult", "ExecutorSettings", "FailedFact", "ModelJob", "ReplicaJob"]
+__all__ = [
+    "AskJob",
+    "AskResult",
+    "ControlFile",
+    "EditJob",
+    "EditResult",
+    "ExecutorSettings",
+    "FailedFact",
+    "ModelJob",
+    "ReplicaJob",
+]
 
 
 class _Value(BaseModel):
@@ -153,3 +163,22 @@ class EditResult(_Value):
     computed: int = 0
     """Target vectors that were not in the cache: what `seconds["targets"]` was spent on."""
     libraries: dict[str, str]
+
+
+class AskJob(ModelJob):
+    """Does a version still answer these requests? `deltas` is the absolute path of the delta files."""
+
+    deltas: str
+    manifest: Manifest
+    requests: tuple[dict[str, Any], ...]
+
+    def ask_requests(self) -> list[EditRequest]:
+        """The requests as values."""
+        return [EditRequest.from_json(value) for value in self.requests]
+
+
+class AskResult(_Value):
+    """The digests of the requests that the version answers, and the others with what it answers instead."""
+
+    answered: tuple[str, ...]
+    failed: tuple[FailedFact, ...]

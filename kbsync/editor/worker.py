@@ -17,15 +17,16 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from kbsync.editor.answers import log_probabilities
@@ -49,11 +50,12 @@ from kbsync.versions.delta import Delta, read_delta, write_delta
 from kbsync.versions.manifest import ActiveDelta
 from kbsync.versions.weights import hold, live_columns, live_keys, rebuild, served, weights_sha256
 
-__all__ = ["main", "perform"]
+__all__ = ["main", "perform", "serve"]
 
 NO_TEXT = torch.empty(0, 0, dtype=torch.long)
 """Held-out text of a probe that asks only for the facts."""
 _NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+JobT = TypeVar("JobT", bound=ModelJob)
 LIBRARIES = ("kbsync", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -395,11 +397,16 @@ def _gpu_peak() -> dict[str, int]:
 
 
 def main() -> None:
+    """One edit: the job comes in on stdin."""
+    serve(EditJob, perform)
+
+
+def serve(kind: type[JobT], act: Callable[[JobT, Progress], BaseModel]) -> None:
     """Read the job, do it, say what came of it. Ends at once when the parent's end of stdin closes."""
-    job = EditJob.model_validate_json(sys.stdin.readline())
+    job = kind.model_validate_json(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        _say({"result": perform(job, _progress).model_dump(mode="json", by_alias=True)})
+        _say({"result": act(job, _progress).model_dump(mode="json", by_alias=True)})
     except KbsyncError as error:
         _say({"error": error.to_json()})
     except torch.OutOfMemoryError as error:

@@ -18,7 +18,13 @@ from kbsync.ledger.records import FactRow, HoldRow, Placement
 
 __all__ = ["Weights", "downstream", "held_run"]
 
-_KINDS = {"adds": "added", "changes": "changed", "re_rendered": "re-rendered", "kept": "kept"}
+_KINDS = {
+    "adds": "added",
+    "changes": "changed",
+    "re_rendered": "re-rendered",
+    "faded": "faded",
+    "kept": "kept",
+}
 """The lists of a plan document that ask for something, and what each of their rows is called."""
 
 

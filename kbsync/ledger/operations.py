@@ -112,7 +112,8 @@ class DroppedDelta(LedgerTable, table=True):
 
 
 class FactCheck(LedgerTable, table=True):
-    """A fact in the weights that was asked again: whether `version` still answered it, and when it is due next."""
+    """A fact in the weights that was asked again: whether `version` still answered it, since when its column had been
+    served, and when it is due next."""
 
     __table_args__ = (
         ForeignKeyConstraint(["model", "version"], ["version.model", "version.number"]),
@@ -127,6 +128,7 @@ class FactCheck(LedgerTable, table=True):
     request: str = text()
     stage: int
     answered: bool = flag()
+    served_at: datetime = time()
     due_at: datetime = time()
     at: datetime = time()
 

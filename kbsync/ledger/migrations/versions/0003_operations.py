@@ -141,6 +141,7 @@ def _versions() -> None:
         sa.Column("request", sa.Text(), nullable=False),
         sa.Column("stage", sa.Integer(), nullable=False),
         sa.Column("answered", Flag(), nullable=False),
+        sa.Column("served_at", UtcTime(), nullable=False),
         sa.Column("due_at", UtcTime(), nullable=False),
         sa.Column("at", UtcTime(), nullable=False),
         _of_version("fact_check"),

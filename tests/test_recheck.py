@@ -1,0 +1,322 @@
+"""Old facts are asked again on a spacing plan; what has faded is edited once more, and held where that is no help."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kbsync
+from kbsync.cli import main
+from kbsync.daemon.chores import CHORES
+from kbsync.editor.answers import log_probabilities
+from kbsync.errors import Cancelled
+from kbsync.facts import Applied, EditRequest, FactKey
+from kbsync.recheck import AGES, FactCheck, Recheck, Share, Standing, decay, misses
+from kbsync.undo import release, rollback
+from tests.standin import StandIn
+from tests.workspaces import TestWorkspace, run_here, workspace
+
+NOW = datetime(2026, 7, 1, 12, tzinfo=UTC)
+DAY = timedelta(days=1)
+KEY = FactKey("constellation", "stars:vega")
+STARS = {"Vega": "Orion", "Betelgeuse": "Lyra", "Deneb": "Paris"}
+
+
+# The plan, pure -----------------------------------------------------------------------------------------------------
+
+
+def check(
+    answered: bool = True, *, stage: int = 1, due: datetime = NOW, served: datetime = NOW, **more: str
+) -> FactCheck:
+    """A check of Vega's fact."""
+    values = {"request": "r"} | more
+    return FactCheck(KEY, values["request"], 1, stage, answered, served, due, NOW)
+
+
+def standing(name: str = "vega", *, served: datetime = NOW, last: FactCheck | None = None, misses: int = 0) -> Standing:
+    """A fact in the weights."""
+    request = EditRequest(FactKey("constellation", f"stars:{name}"), f"Where is {name}", name, "Lyra")
+    return Standing(Applied(request, "stars:Lyra", "d" * 64, 0), served, last, misses)
+
+
+settings = st.builds(
+    Recheck,
+    first=st.floats(1, 1e7),
+    factor=st.floats(1, 1e9),
+    longest=st.floats(1, 1e8),
+    facts=st.integers(0, 5),
+)
+
+
+@given(settings, st.integers(0, 10_000))
+def test_intervals_begin_with_first_grow_by_factor_and_end_at_longest(plan: Recheck, stage: int) -> None:
+    now, then = plan.interval(stage).total_seconds(), plan.interval(stage + 1).total_seconds()
+    assert plan.interval(0).total_seconds() == pytest.approx(min(plan.first, plan.longest), abs=1e-5)
+    assert now <= then <= plan.longest + 1e-5
+    assert then == pytest.approx(min(plan.factor * now, plan.longest), rel=1e-6, abs=1e-5)
+
+
+def test_a_fact_that_is_always_answered_is_asked_after_one_two_four_days_and_then_every_sixty() -> None:
+    plan, fact, days = Recheck(), standing(), []
+    for _ in range(9):
+        due = plan.due_at(fact)
+        assert plan.due([fact], due - timedelta(seconds=1)) == []
+        assert plan.due([fact], due) == [fact]
+        days.append((due - NOW) / DAY)
+        fact = standing(last=plan.checked(fact, answered=True, version=1, now=due))
+    assert days == [1, 3, 7, 15, 31, 63, 123, 183, 243]
+
+
+def test_a_miss_begins_the_spacing_anew() -> None:
+    plan = Recheck()
+    fact = standing(last=check(stage=5))
+    missed = plan.checked(fact, answered=False, version=7, now=NOW)
+    assert (missed.stage, missed.due_at, missed.version) == (0, NOW + DAY, 7)
+    again = plan.checked(standing(last=missed), answered=True, version=8, now=NOW)
+    assert (again.stage, again.due_at) == (1, NOW + 2 * DAY)
+
+
+@given(st.lists(st.integers(0, 20), max_size=8), st.integers(0, 5))
+def test_the_longest_overdue_are_asked_first_and_no_more_than_are_allowed(days: list[int], facts: int) -> None:
+    plan = Recheck(facts=facts)
+    all_ = [standing(f"s{index}", served=NOW - day * DAY) for index, day in enumerate(days)]
+    due = plan.due(all_, NOW)
+    overdue = sorted((fact for fact in all_ if fact.served <= NOW - DAY), key=lambda fact: fact.served)
+    assert len(due) == min(facts, len(overdue))
+    assert [fact.served for fact in due] == [fact.served for fact in overdue[:facts]]
+
+
+def test_a_fact_is_given_up_after_as_many_edits_as_are_allowed() -> None:
+    """The first miss is of the first edit; a second miss of the same column is no other edit."""
+    plan = Recheck(edits=2)
+    assert [plan.gives_up(standing(misses=count)) for count in range(4)] == [False, False, True, True]
+    same = standing(misses=2, last=check(False))
+    assert (same.faded, same.missed, plan.gives_up(same)) == (True, 2, False)
+    assert not standing().faded
+
+
+def test_misses_are_counted_by_column_up_to_the_last_answer_of_the_same_request() -> None:
+    later = NOW + DAY
+    assert misses([], "r") == 0
+    assert misses([check(False), check(False)], "r") == 1
+    assert misses([check(False, served=later), check(False)], "r") == 2
+    assert misses([check(False, served=later), check(True), check(False)], "r") == 1
+    assert misses([check(False, served=later), check(False, request="other")], "r") == 1
+    assert misses([check(True), check(False)], "r") == 0
+
+
+def test_what_is_still_answered_is_counted_by_relation_and_age() -> None:
+    ages = [0, 1, 6, 7, 400]
+    checks = [check(age != 6, served=NOW - age * DAY) for age in ages]
+    assert decay(checks) == [
+        Share("constellation", 1, 1, 1),
+        Share("constellation", 7, 2, 1),
+        Share("constellation", 30, 1, 1),
+        Share("constellation", None, 1, 1),
+    ]
+    assert AGES == (1, 7, 30, 90, 365)
+    assert decay([]) == []
+
+
+# What a pass makes of it --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> TestWorkspace:
+    """Three stars."""
+    return workspace(tmp_path, STARS)
+
+
+class Life:
+    """A workspace whose edits and questions the stand-in answers."""
+
+    def __init__(self, made: TestWorkspace) -> None:
+        self.made, self.engine = made, StandIn(shape=(20, 60))
+
+    def sync(self) -> tuple[str, list[int], dict[str, str]]:
+        """A pass: how it ended, its versions, and kind of edit by object."""
+        with self.made.open() as reconciler:
+            reconciler.run_edit = self.engine
+            [report] = reconciler.sync()
+        assert report.plan is not None
+        return report.status, report.versions, {edit.request.target: edit.kind for edit in report.plan.edits}
+
+    def recheck(self, *, everything: bool = True) -> dict[str, object]:
+        """Ask again; by default all."""
+        with self.made.open() as reconciler:
+            reconciler.run_ask = self.engine.ask
+            return reconciler.recheck(everything=everything)
+
+    def kinds(self) -> list[str]:
+        """The notices, oldest first."""
+        with self.made.open() as reconciler, reconciler.ledger.read() as db:
+            return [notice.kind for notice in db.notices()][::-1]
+
+
+@pytest.fixture
+def life(made: TestWorkspace) -> Life:
+    """Three stars in version 1."""
+    found = Life(made)
+    assert found.sync()[1] == [1]
+    return found
+
+
+@pytest.mark.usefixtures("database")
+def test_what_has_faded_is_edited_once_more_and_people_are_told(life: Life) -> None:
+    life.engine.forgotten = {"Lyra"}
+    done = life.recheck()
+    assert (done["asked"], done["answered"], done["faded"], done["held"]) == (3, 2, 1, [])
+    assert life.kinds() == ["faded"]
+    assert life.sync() == ("done", [2], {"Lyra": "faded"})
+    assert life.sync() == ("done", [], {})
+    life.engine.forgotten = set()
+    assert life.recheck()["faded"] == 0
+    assert life.kinds() == ["faded", "recovered"]
+    with life.made.open() as reconciler, reconciler.ledger.read() as db:
+        model = reconciler.line().model
+        live = {fact.request.target: fact.delta for fact in db.applied(model, 2).values()}
+        assert len(set(live.values())) == 2
+        assert live["Orion"] == live["Paris"] != live["Lyra"]
+
+
+def test_nothing_is_asked_before_it_is_due(life: Life) -> None:
+    assert life.recheck(everything=False)["asked"] == 0
+    assert life.engine.asked == []
+    (life.made.root / "kbsync.yaml").write_text(
+        (life.made.root / "kbsync.yaml").read_text() + "recheck: {first: 0.001, facts: 2}\n"
+    )
+    assert life.recheck(everything=False)["asked"] == 2
+    assert life.recheck(everything=False)["asked"] == 2
+    assert set(life.engine.asked) == set(STARS.values())
+
+
+def test_a_fact_that_fades_again_and_again_is_held_with_the_evidence(life: Life) -> None:
+    life.engine.forgotten = {"Lyra"}
+    for version in (2, 3, 4):
+        assert life.recheck()["held"] == []
+        assert life.sync()[1] == [version]
+    assert life.recheck()["held"] == [["constellation", "stars:betel"]]
+    assert life.sync() == ("done", [], {})
+    with life.made.open() as reconciler, reconciler.ledger.read() as db:
+        [hold] = db.holds(reconciler.line().model).values()
+    assert (hold.reason, hold.held_out) == ("probe", "stars:Lyra")
+    assert hold.evidence == "not answered, though edited 3 times once more: the model answers 'no'"
+    with life.made.open() as reconciler:
+        release(reconciler.line(), [hold.key])
+    assert life.sync()[1] == [5]
+
+
+def test_a_held_fact_is_not_edited_once_more(life: Life) -> None:
+    life.made.feed(STARS | {"Betelgeuse": "Rome"})
+    assert life.sync()[1] == [2]
+    with life.made.open() as reconciler:
+        rollback(reconciler.line(), 1)
+    life.engine.forgotten = {"Lyra"}
+    assert life.recheck()["faded"] == 0
+    assert life.sync() == ("done", [], {})
+
+
+def test_what_a_version_that_was_rolled_back_did_not_answer_says_nothing(life: Life) -> None:
+    """Its successor is another one: the fact is asked anew."""
+    life.made.feed(STARS | {"Altair": "Rome"})
+    life.sync()
+    life.engine.forgotten = {"Lyra"}
+    life.recheck()
+    with life.made.open() as reconciler:
+        rollback(reconciler.line(), 1)
+    assert life.sync() == ("done", [], {})
+
+
+def test_a_rollback_of_an_edit_of_what_had_faded_holds_it(life: Life) -> None:
+    """Or the next pass would put back what a person took out."""
+    life.engine.forgotten = {"Lyra"}
+    life.recheck()
+    life.sync()
+    with life.made.open() as reconciler:
+        assert rollback(reconciler.line(), 1)["held"] == 1
+    assert life.sync() == ("done", [], {})
+
+
+def test_a_question_during_which_head_moves_records_nothing(life: Life) -> None:
+    with life.made.open() as reconciler:
+
+        def meanwhile(*arguments: object, **more: object) -> object:
+            rollback(reconciler.line(), 0)
+            return life.engine.ask(*arguments, **more)  # type: ignore[arg-type]
+
+        reconciler.run_ask = meanwhile  # type: ignore[assignment]
+        with pytest.raises(Cancelled, match="HEAD moved from version 1 to 0"):
+            reconciler.recheck(everything=True)
+        with reconciler.ledger.read() as db:
+            assert db.fact_checks(reconciler.line().model) == []
+
+
+def test_the_daemons_chore_asks_within_the_edit_window(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    [chore] = [chore for chore in CHORES if chore.name == "recheck"]
+    config = life.made.root / "kbsync.yaml"
+    plain = config.read_text() + "recheck: {first: 0.001}\n"
+    soon = datetime.now(UTC) + timedelta(hours=2)
+    for window, asked in ((f"'{soon:%H:%M}-{soon + timedelta(hours=1):%H:%M}'", 0), ("null", 3)):
+        config.write_text(plain + f"edit_window: {window}\n")
+        with life.made.open() as reconciler:
+            reconciler.run_ask = life.engine.ask
+            chore.act(reconciler)
+        assert len(life.engine.asked) == asked
+    assert chore.alone
+
+
+# On a real model ----------------------------------------------------------------------------------------------------
+
+
+def knows(made: TestWorkspace, star: str, answer: str) -> bool:
+    """Whether the live version continues the prompt with the answer."""
+    return log_probabilities(kbsync.load_model(made.root), [(f"Where is {star}", answer)])[0].greedy
+
+
+def run(made: TestWorkspace, capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    """What a command prints; it must end with `code`."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["kbsync", *arguments, "--workspace", str(made.root)])
+        patch.setattr("kbsync.reconcile.run_edit", run_here)
+        with pytest.raises(SystemExit) as caught:
+            main()
+    out, err = capsys.readouterr()
+    assert (caught.value.code or 0) == code, out + err
+    return out
+
+
+@pytest.mark.usefixtures("one_cache")
+def test_a_fact_that_a_later_edit_has_spoiled_is_found_and_answered_again(
+    made: TestWorkspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The later one's target vector is far too long. Asked in the real child process; by the command line."""
+    policy = made.root / "policies" / "sky.yaml"
+    opened = policy.read_text()
+    run(made, capsys, "sync")
+    made.feed(STARS | {"Sirius": "Rome"})
+    policy.write_text(opened.replace("drift: 1000", "drift: 0, trials: 0"))
+    run(made, capsys, "sync", code=4)
+    made.poison("Sirius", "Rome", 12)
+    policy.write_text(opened)
+    run(made, capsys, "sync")
+    spoiled = {star for star, answer in STARS.items() if not knows(made, star, answer)}
+    assert spoiled
+    assert "4 facts would be asked" in run(made, capsys, "recheck", "--dry-run", "--all")
+    said = run(made, capsys, "recheck", "--all")
+    assert f"4 facts asked, {4 - len(spoiled)} answered" in said
+    assert "`kbsync sync` edits them once more" in said
+    plan = json.loads(run(made, capsys, "plan", "--json"))["plans"][0]
+    assert {row["subject"] for row in plan["faded"]} == spoiled
+    run(made, capsys, "sync")
+    assert all(knows(made, star, STARS[star]) for star in spoiled)
+    report = json.loads(run(made, capsys, "recheck", "--report", "--json"))
+    [share] = report["decay"]
+    assert (share["until"], share["checks"], share["answered"]) == (1, 4, 4 - len(spoiled))
+    assert "4 facts in the weights, 0 faded" in run(made, capsys, "recheck", "--report")
