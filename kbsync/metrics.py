@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from kbsync.catalog import Catalog, load_catalog
 from kbsync.config import Workspace
+from kbsync.errors import KbsyncError
 from kbsync.ledger import Ledger
 from kbsync.samples import Sample, samples
 
@@ -31,6 +32,7 @@ SHARE = 20
 """It is good for so many times as long as it took, too: metrics take no more than 5 % of the time, however large the
 ledger has become."""
 
+Checks = Callable[[], Mapping[str, bool]]
 Kind = Literal["gauge", "counter", "summary"]
 
 
@@ -53,6 +55,7 @@ _PLACE = ("policy", "source", "relation")
 DECLARED: Sequence[Declared] = (
     _declared("gauge", "build_info", "1; what is running is in the labels.", "version", "python"),
     _declared("gauge", "daemon_running", "1 while a process holds the workspace's lock, else 0."),
+    _declared("gauge", "check_ok", "1 while a check of /readyz is well, else 0; from the server alone.", "check"),
     _declared("gauge", "heartbeat_timestamp_seconds", "Last sign of life of a part of the daemon.", "part"),
     _declared("gauge", "exposition_seconds", "How long these metrics took to read."),
     _declared("counter", "notices_total", "Notices to people.", "kind"),
@@ -134,12 +137,16 @@ def to_json(found: Iterable[Sample]) -> list[dict[str, Any]]:
 class Exposition:
     """The text of /metrics, made anew when the last one is no longer good. Thread-safe.
 
-    `process`: with memory, processor time and open files of this process, as `process_*`.
+    `checks`: those of the daemon that this is; with it come memory, processor time and open files of this process, as
+    `process_*`.
     """
 
-    def __init__(self, workspace: Workspace, ledger: Ledger, *, fresh: float = FRESH, process: bool = False) -> None:
-        self._workspace, self._ledger, self._fresh = workspace, ledger, fresh
-        self._process = ProcessCollector(registry=None) if process else None
+    def __init__(
+        self, workspace: Workspace, ledger: Ledger, *, fresh: float = FRESH, checks: Checks | None = None
+    ) -> None:
+        self._workspace, self._ledger, self._fresh, self._checks = workspace, ledger, fresh, checks
+        self._process = ProcessCollector(registry=None) if checks else None
+        self._catalog: Catalog | None = None
         self._lock = threading.Lock()
         self._good_until = 0.0
         self._text = b""
@@ -149,11 +156,21 @@ class Exposition:
         or a source cannot."""
         with self._lock:
             if (start := time.monotonic()) >= self._good_until:
-                found = measure(self._workspace, load_catalog(self._workspace), self._ledger)
+                found = measure(self._workspace, self._declared_now(), self._ledger)
+                found += [("check_ok", (name,), ok) for name, ok in (self._checks() if self._checks else {}).items()]
                 self._text = generate_latest(_Families(found, self._process))
                 now = time.monotonic()
                 self._good_until = now + max(self._fresh, SHARE * (now - start) if self._fresh else 0.0)
             return self._text
+
+    def _declared_now(self) -> Catalog:
+        """The sources and policies; where a file is wrong, those of before, with which the daemon goes on, too."""
+        try:
+            self._catalog = load_catalog(self._workspace)
+        except KbsyncError:
+            if self._catalog is None:
+                raise
+        return self._catalog
 
 
 class _Families:

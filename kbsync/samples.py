@@ -44,6 +44,7 @@ def samples(workspace: Workspace, catalog: Catalog, db: Reader, now: datetime) -
     yield from _freshness(catalog, db, now)
     if model := db.model_named(workspace.settings.model):
         yield from _model(workspace, db, model)
+        yield from _gate(catalog, db, model)
         yield from _capacity(workspace, db, model)
     yield from _disk(workspace.data)
 
@@ -130,7 +131,6 @@ def _model(workspace: Workspace, db: Reader, model: ModelRow) -> Iterator[Sample
     yield "facts_applied", of, len(db.applied(model.id, model.head))
     yield from _counted("held_facts", db.hold_counts(model.id), of)
     yield from _counted("facts_held_total", db.hold_counts(model.id, ever=True), of)
-    yield from _counted("gate_results_total", db.gate_counts(model.id), of)
     for (answered,), number in db.check_counts(model.id).items():
         yield "fact_checks_total", (*of, "yes" if answered else "no"), number
     report = db.version(model.id, model.head).probe or {}
@@ -138,6 +138,12 @@ def _model(workspace: Workspace, db: Reader, model: ModelRow) -> Iterator[Sample
         yield from _some(f"probe_{name}_ratio", of, report.get(name))
     yield from _some("probe_drift_nats", of, report.get("drift"))
     yield from _some("edit_gpu_memory_peak_bytes", of, _numerics(workspace, db, model).get("gpu_peak_bytes"))
+
+
+def _gate(catalog: Catalog, db: Reader, model: ModelRow) -> Iterator[Sample]:
+    """With what has not happened yet as 0: Prometheus cannot see that a series increased which was not there before."""
+    never = dict.fromkeys(((policy, result) for policy in catalog.policies for result in ("published", "rejected")), 0)
+    yield from _counted("gate_results_total", never | db.gate_counts(model.id), (model.id,))
 
 
 def _numerics(workspace: Workspace, db: Reader, model: ModelRow) -> Mapping[str, Any]:

@@ -265,6 +265,15 @@ def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
             exposition()
 
 
+def test_a_policy_that_is_written_wrong_leaves_the_metrics_as_it_leaves_the_daemon(tmp_path: Path) -> None:
+    made = workspace(tmp_path, STARS)
+    with made.open() as reconciler:
+        exposition = Exposition(reconciler.workspace, reconciler.ledger, fresh=0)
+        before = parsed(exposition().decode())
+        (made.root / "policies" / "sky.yaml").write_text("policy: [")
+        assert parsed(exposition().decode()).keys() == before.keys()
+
+
 def test_the_daemon_is_running_while_the_lock_is_held(tmp_path: Path) -> None:
     with workspace(tmp_path, STARS).open() as reconciler:
         with writer_lock(reconciler.workspace.lock):

@@ -284,6 +284,14 @@ def test_not_ready_once_a_policy_has_failed_as_often_as_people_are_told(up: Runn
     assert "kbsync runs --policy sky" in answer.json()["checks"][-1]["why"]
 
 
+def test_the_checks_and_the_process_are_in_the_metrics_too(up: Running) -> None:
+    up.pulse.phase = "stopping"
+    text = up.get("/metrics").text
+    assert 'kbsync_check_ok{check="daemon"} 0.0' in text
+    assert 'kbsync_check_ok{check="ledger"} 1.0' in text
+    assert "process_resident_memory_bytes" in text
+
+
 def test_what_is_wrong_is_told_to_those_with_the_token_only(up: Running) -> None:
     (up.workspace.root / "model" / "config.json").unlink()
     open_, trusted = up.get("/readyz", token="").json(), up.get("/readyz").json()

@@ -71,8 +71,9 @@ def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse) -> Iterator[str 
     async def beat() -> None:
         pulse.beat("server")
 
-    exposition = Exposition(workspace, ledger, process=True)
-    app = make_app(settings, read_token(workspace), Health(workspace, ledger, pulse), exposition)
+    health = Health(workspace, ledger, pulse)
+    exposition = Exposition(workspace, ledger, checks=lambda: {check.name: check.ok for check in health.ready()})
+    app = make_app(settings, read_token(workspace), health, exposition)
     config = uvicorn.Config(
         app,
         http=_Impatient,
