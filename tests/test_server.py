@@ -28,7 +28,9 @@ from kbsync.lock import writer_lock
 from kbsync.pulse import Pulse
 from kbsync.web import server as server_module
 from kbsync.web.server import serving
+from tests.daemons import Running as Daemon
 from tests.tiny import save, tiny_llama
+from tests.workspaces import workspace
 
 CANARY = "canary-of-sixteen-and-more"
 
@@ -395,3 +397,32 @@ def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text("nothing")
     with pytest.raises(ConfigError, match=problem), running(tmp_path, settings):
         pass
+
+
+@pytest.mark.usefixtures("one_cache")
+def test_a_daemon_answers_while_it_runs_and_leaves_no_sign_of_life_once_it_ended(tmp_path: Path) -> None:
+    made = workspace(tmp_path, {"Vega": "Orion"})
+    config = made.root / "kbsync.yaml"
+    config.write_text(f"{config.read_text()}server: {{port: 0}}\n")
+    daemon = Daemon(made.root)
+    try:
+        daemon.wait_for(lambda: daemon.events("server_started"))
+        address = daemon.events("server_started")[0]["address"]
+        token = (made.root / "data" / "server.token").read_text()
+        daemon.wait_for(lambda: httpx.get(f"{address}/readyz", trust_env=False).status_code == 200)
+        assert httpx.get(f"{address}/livez", trust_env=False).json()["ok"]
+        daemon.wait_for(lambda: {"main", "scheduler", "server"} <= set(beats(made.root)))
+        answer = httpx.get(f"{address}/metrics", headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+        assert "kbsync_daemon_running 1.0" in answer.text
+        assert daemon.end() == 0
+    finally:
+        daemon.process.kill()
+        daemon.process.wait()
+    assert beats(made.root) == {}
+    assert token not in daemon.log.read_text()
+
+
+def beats(root: Path) -> dict[str, Any]:
+    """The signs of life in the ledger of a workspace."""
+    with Ledger.open(Workspace.load(root).ledger_url) as ledger, ledger.read() as db:
+        return dict(db.beats())
