@@ -48,7 +48,7 @@ class Search:
     def __init__(self, last: int, good: int | None = None) -> None:
         self.answers: dict[int, bool | None] = {}
         self.outcome: Outcome | None = None
-        self.good, self.bad = -1, last
+        self.good = self.bad = last
         self._questions = self._ask(last, good)
         self.candidate: int | None = next(self._questions)
 
@@ -96,4 +96,4 @@ def looking_back(last: int) -> Iterator[int]:
     doubled = [last - 2**power for power in range(last.bit_length()) if 2**power < last]
     steps = [*doubled, 0] if last else []
     yield from steps
-    yield from (index for index in range(last - 1, -1, -1) if index not in steps)
+    yield from (index for index in reversed(range(last)) if index not in steps)

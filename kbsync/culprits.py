@@ -40,14 +40,14 @@ class Search:
         self.crowded: dict[str, tuple[str, ...]] = {}
         self.short = False
         self.trials = 0
-        self._in_a_row = 0
+        self._room = FULL
         self._steps = self._search()
         self.candidate: tuple[str, ...] | None = next(self._steps) if trials else None
 
     @property
     def full(self) -> bool:
         """Whether there is no room beside the accepted facts."""
-        return self._in_a_row >= FULL
+        return not self._room
 
     @property
     def undecided(self) -> list[str]:
@@ -95,14 +95,14 @@ class Search:
 
     def _accept(self, group: tuple[str, ...]) -> None:
         self.accepted += group
-        self._in_a_row = 0
+        self._room = FULL
 
     def _convict(self, fact: str) -> _Trials:
         """A fact with which the accepted ones fail. It is crowded out, not guilty, where it passes alone."""
         self.guilty[fact] = self.accepted
         if self.accepted and (yield (fact,)):
             self.crowded[fact] = self.guilty.pop(fact)
-            self._in_a_row += 1
+            self._room -= 1
 
 
 def worst_first(probe: Mapping[str, Any]) -> list[str]:

@@ -37,6 +37,9 @@ TESTS = {
     "weigh": PURE,
     "resolve": PURE,
     "plan": PURE,
+    "culprits": ("test_culprits.py",),
+    "bisect": ("test_bisect_search.py",),
+    "recheck": ("test_recheck_plan.py",),
     "intake": ("test_intake.py",),
     "ledger.scope": ("test_intake.py",),
 }
@@ -77,6 +80,10 @@ EQUIVALENT: dict[str, str] = {
     "plan: not current and known and (want.request.digest in known) -> not current and want.request.digest in known": (
         "spares the digest where nothing is known"
     ),
+    "bisect: bool | None -> bool & None": "an annotation",
+    "bisect: index > self.good -> index >= self.good": "the good one does not answer wrong",
+    "recheck: stage * math.log(self.factor) >= math.log(self.longest / self.first) -> "
+    "stage * math.log(self.factor) > math.log(self.longest / self.first)": "where they are equal both give the longest",
     "plan: count - limit > 1e-06 -> count - limit >= 1e-06": "counts and shares do not differ by just the tolerance",
 }
 """Mutants that nothing can tell from the original, by module and change, with the reason."""

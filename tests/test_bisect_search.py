@@ -38,6 +38,7 @@ def test_a_planted_first_wrong_version_is_found_in_few_questions(first: int, dat
 @given(st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=40))
 @example([True, None, None, False])
 @example([None, True, False, True, False])
+@example([False] * 7 + [True] + [False] * 3)
 @example([False])
 @example([True, False])
 @example([None, False])
@@ -52,6 +53,7 @@ def test_whatever_versions_answer_a_boundary_is_found_where_there_is_one(answers
         assert len(search.answers) == len(answers)
     else:
         assert search.outcome == "found"
+        assert search.good < search.bad
         assert (answers[search.good], answers[search.bad]) == (True, False)
         assert [answers[index] for index in search.skipped] == [None] * len(search.skipped)
         assert search.skipped == list(range(search.good + 1, search.bad))

@@ -23,7 +23,7 @@ HINTS = {
     "conflict": "kbsync conflicts list",
     "failed": "kbsync status",
     "stale": "kbsync freshness",
-    "faded": "kbsync status",
+    "faded": "kbsync recheck --report",
     "recovered": "",
     "test": "",
 }
