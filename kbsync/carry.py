@@ -153,6 +153,8 @@ class Carrier:
             for probe in found.reports():
                 db.note_probe(self.line.model, None, probe, run_id=report.run_id)
         outcome = found.publish()
+        for tried in found.unpublished(outcome):
+            report.took(tried.seconds, tried.computed)
         if outcome.version is None and not outcome.held:
             report.notes.append(found.nothing)
             return replace(outcome, held=first.held, rejected=first.rejected)

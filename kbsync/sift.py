@@ -15,6 +15,7 @@ from typing import Any
 
 from kbsync.culprits import Search, worst_first
 from kbsync.edit import Edit, Outcome, Tried, hold_out
+from kbsync.editor.job import EditResult
 from kbsync.errors import Inseparable
 from kbsync.facts import Hold
 from kbsync.line import Line
@@ -101,6 +102,11 @@ class Sifted:
         held = self.held
         outcome = self.line.settle(replace(version, edit=replace(version.edit, holds=held)))
         return replace(outcome, held=(*held, *outcome.held))
+
+    def unpublished(self, outcome: Outcome) -> list[EditResult]:
+        """What the other attempts made, the rejected one among them."""
+        tried = [trial.tried.result for trial in self.trials.values() if trial.tried]
+        return [result for result in (self.first.result, *tried) if result is not outcome.result]
 
     def reports(self) -> list[dict[str, Any]]:
         """The probe report of the trial of each fact to blame, with the fact and how many were beside it."""

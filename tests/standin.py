@@ -70,7 +70,7 @@ class StandIn:
             known=dict.fromkeys(job.skip_known, False),
             probe=_probe(learned, self.drift + self._drift(job, learned)),
             numerics={"capacity": {}},
-            seconds={"targets": 0.0},
+            seconds={"targets": 0.0, "insert": 1.0},
             libraries={},
         )
 

@@ -78,6 +78,7 @@ def test_the_guilty_fact_is_held_with_the_evidence_and_the_rest_is_published(mad
     assert (search["accepted"], search["undecided"], search["version"]) == (7, 0, 1)
     assert [row["target"] for row in search["held"]] == ["HomeC"]
     assert engine.edits == 1 + search["trials"]
+    assert report.seconds["insert"] == engine.edits
     assert report.counts["failed"] == 1
     again = sync(made, engine)
     assert (again.status, again.versions, again.searches) == ("done", [], [])

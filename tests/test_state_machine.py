@@ -68,7 +68,7 @@ NEWS = st.lists(
     max_size=4,
 )
 PLAIN = {"precedence": "order", "retract": "keep", "inverse": False, "confirm": "fetches: 1"}
-MISHAPS = ("none", "dies", "drifts")
+MISHAPS = ("none", "dies", "drifts", "poisons")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -433,10 +433,12 @@ class Life(stateful.RuleBasedStateMachine):
         """Edits go wrong meanwhile."""
         self.engine.failing, self.engine.dies = set(failing), mishap == "dies"
         self.engine.drift = 9.0 if mishap == "drifts" else 0.0
+        self.engine.drifts = {OBJECTS[0]: 9.0} if mishap == "poisons" else {}
         try:
             yield
         finally:
             self.engine.failing, self.engine.dies, self.engine.drift = set(), False, 0.0
+            self.engine.drifts = {}
 
     def _write(self, source: str) -> None:
         rows = self.said[source]
