@@ -231,7 +231,7 @@ def test_the_table_shows_metrics_relations_and_protocol(
         (("--method", "rome"), "--method and --set are for --edit"),
         (("--version", "0", "--model", "x"), "--version goes neither with --model nor with --edit"),
         (("--version", "live", "--edit", "--dataset", "csv:x.csv"), "--version goes neither with --model nor"),
-        (("--version", "99"), "there is no version 99"),
+        (("--version", "99"), "there is no such version"),
         (("--dataset", "mend:x.json"), "data set 'mend:x.json' is not known"),
         (("--dataset", "zsre:x.json", "--references", "y.json"), "reference texts go with CounterFact alone"),
         (("--dataset", "zsre:absent.json"), "absent.json"),
