@@ -19,11 +19,12 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from kbsync.errors import ModelError
+from kbsync.errors import ModelError, StoreError
 from kbsync.progress import Progress, silent
 from kbsync.versions.files import sha256_of, sync_folder, write_durably
 
@@ -140,7 +141,7 @@ def fingerprint(folder: Path) -> str:
     """sha256 over sorted (name, dtype, shape, bytes) of all parameters of the checkpoint, and tokenizer.json.
 
     How the parameters are spread over files does not matter. Cached by path, size and modification time of the files.
-    Raises ModelError where a file is missing or is not a whole safetensors file.
+    Raises ModelError where a file is missing, cannot be read or is not a whole safetensors file.
     """
     folder = folder.resolve()
     files = [*_weight_files(folder), _required(folder / "tokenizer.json")]
@@ -148,8 +149,14 @@ def fingerprint(folder: Path) -> str:
     record = cache_dir() / "fingerprints" / f"{hashlib.sha256(str(folder).encode()).hexdigest()}.json"
     if (known := _remembered(record, stamp)) is not None:
         return known
-    found = _fingerprint_of(files[:-1], files[-1])
-    write_durably(record, json.dumps({"folder": str(folder), "files": stamp, "fingerprint": found}).encode())
+    try:
+        found = _fingerprint_of(files[:-1], files[-1])
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}", hint="kbsync doctor"
+        ) from error
+    with suppress(StoreError):  # a cache: where it cannot be written, the bytes are read again next time
+        write_durably(record, json.dumps({"folder": str(folder), "files": stamp, "fingerprint": found}).encode())
     return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from kbsync import hub
 from kbsync.errors import ModelError
 from kbsync.hub import Embedded, cache_dir, fingerprint, model_id, pull, resolve_model
+from tests.tiny import save, tiny_llama
 from tests.tiny_gguf import write_tiny_gguf
 
 NAME = "tiny"
@@ -217,4 +220,22 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
     folder = _checkpoint(tmp_path / "model", {"w": torch.ones(2)})
     (folder / name).unlink()
     with pytest.raises(ModelError, match=f"{name}: no such file"):
+        fingerprint(folder)
+
+
+def test_a_file_that_cannot_be_read_is_named_and_a_cache_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tiny_llama(), tmp_path / "model")
+    monkeypatch.setenv("KBSYNC_CACHE", "/proc/kbsync")
+    assert len(fingerprint(folder)) == 64
+    real = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ModelError, match=r"model\.safetensors: cannot be read: Permission denied"):
         fingerprint(folder)

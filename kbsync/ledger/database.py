@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, StatementError
 from sqlalchemy.schema import CreateTable, DropTable
 
@@ -85,6 +86,11 @@ CONNECT_TIMEOUT = 10
 BATCH = 10_000
 """Rows per executemany: large enough for the rate to be flat, small enough not to hold a feed twice in memory."""
 
+_REFUSED_BY_DISK = frozenset(
+    {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
+)
+"""SQLite's result codes for a disk that is full, broken, or not to be written (sqlite.org/rescode.html)."""
+
 _LOCK_NOT_AVAILABLE = "55P03"
 """PostgreSQL's code for a lock that was not had within `lock_timeout` (postgresql.org/docs, Appendix A)."""
 
@@ -105,6 +111,7 @@ def engine_for(url: str, *, create: bool) -> Engine:
     engine = create_engine(address) if file is not None else _server_engine(address)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "handle_error", _give_up_file)
     event.listen(engine, "begin", _begin)
     return engine
 
@@ -189,6 +196,16 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
         cursor.close()
 
 
+def _give_up_file(context: ExceptionContext) -> None:
+    """Let no open file outlive what its disk has refused: SQLite holds it read-only where the disk was, and pages whose
+    fsync has failed may only seem to be there. The next transaction opens the file anew."""
+    refused = getattr(context.original_exception, "sqlite_errorcode", 0) & 0xFF in _REFUSED_BY_DISK
+    if refused and context.connection is not None:
+        with suppress(sqlite3.Error):  # a connection that is closed in a transaction keeps its lock for a while
+            context.connection.connection.rollback()
+        context.is_disconnect = True
+
+
 def _begin(connection: Connection) -> None:
     """BEGIN. A writer takes the lock at once: a reader that turns writer after another commit fails without waiting."""
     writing = connection.get_execution_options().get("writing", False)
@@ -216,6 +233,8 @@ def translated(place: str) -> Iterator[None]:
 
 
 def _hint(error: Exception) -> str:
+    if getattr(getattr(error, "orig", error), "sqlite_errorcode", 0) & 0xFF in _REFUSED_BY_DISK:
+        return "see to space and permissions of that folder, then give the command again"
     lost = isinstance(error, DBAPIError) and error.connection_invalidated
     unreachable = isinstance(error, OperationalError) and not isinstance(error.orig, sqlite3.Error)
     return "see that the server runs, then try again" if lost or unreachable else "kbsync verify"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -12,13 +15,28 @@ from tests.standin import StandIn
 
 
 @pytest.fixture(scope="session")
-def _nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery | str]:
-    folder = tmp_path_factory.mktemp("nursery")
-    try:
-        with Nursery.open(folder) as found:
-            yield found
-    except Unavailable as error:
-        yield str(error)
+def _nursery() -> Iterator[Nursery | str]:
+    with _open_folder() as folder:
+        try:
+            with Nursery.open(folder) as found:
+                yield found
+        except Unavailable as error:
+            yield str(error)
+
+
+@contextmanager
+def _open_folder() -> Iterator[Path]:
+    """pytest's own temporary folders can be entered by their owner alone."""
+    with TemporaryDirectory(prefix="kbsync-faults-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with _open_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

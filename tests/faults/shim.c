@@ -33,7 +33,7 @@ struct control {
 };
 
 static struct control *control;
-static char failed[1024];                              /* file handles whose fsync has failed */
+static char failed[1024];                              /* handles whose fsync has failed, and nothing was written since */
 
 __attribute__((constructor)) static void begin(void) {
     const char *name = getenv("FAULTS_CONTROL");
@@ -69,6 +69,10 @@ static int suffers_at(int64_t kind, int handle) {
     return suffers(kind, path);
 }
 
+static void anew(int handle) {
+    if (handle >= 0 && handle < (int)sizeof failed) failed[handle] = 0;
+}
+
 #define REAL(name, ...) \
     static __typeof__(name) *real; \
     if (!real) real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name);
@@ -92,13 +96,13 @@ OPENING_AT(openat)
 OPENING_AT(openat64)
 
 ssize_t read(int handle, void *data, size_t size) { REAL(read) return suffers_at(READ, handle) ? -1 : real(handle, data, size); }
-ssize_t write(int handle, const void *data, size_t size) { REAL(write) return suffers_at(WRITE, handle) ? -1 : real(handle, data, size); }
-ssize_t pwrite(int handle, const void *data, size_t size, off_t at) { REAL(pwrite) return suffers_at(WRITE, handle) ? -1 : real(handle, data, size, at); }
-ssize_t pwrite64(int handle, const void *data, size_t size, off64_t at) { REAL(pwrite64) return suffers_at(WRITE, handle) ? -1 : real(handle, data, size, at); }
-int ftruncate(int handle, off_t size) { REAL(ftruncate) return suffers_at(TRUNCATE, handle) ? -1 : real(handle, size); }
-int ftruncate64(int handle, off64_t size) { REAL(ftruncate64) return suffers_at(TRUNCATE, handle) ? -1 : real(handle, size); }
+ssize_t write(int handle, const void *data, size_t size) { REAL(write) anew(handle); return suffers_at(WRITE, handle) ? -1 : real(handle, data, size); }
+ssize_t pwrite(int handle, const void *data, size_t size, off_t at) { REAL(pwrite) anew(handle); return suffers_at(WRITE, handle) ? -1 : real(handle, data, size, at); }
+ssize_t pwrite64(int handle, const void *data, size_t size, off64_t at) { REAL(pwrite64) anew(handle); return suffers_at(WRITE, handle) ? -1 : real(handle, data, size, at); }
+int ftruncate(int handle, off_t size) { REAL(ftruncate) anew(handle); return suffers_at(TRUNCATE, handle) ? -1 : real(handle, size); }
+int ftruncate64(int handle, off64_t size) { REAL(ftruncate64) anew(handle); return suffers_at(TRUNCATE, handle) ? -1 : real(handle, size); }
 
-/* A sync that comes after a failed one on the same open file may lie: the kernel has dropped the pages. */
+/* A sync that is tried again where nothing was written anew may lie: the kernel has dropped the pages. */
 static int sync_suffers(int handle) {
     int known = handle >= 0 && handle < (int)sizeof failed;
     if (control && known && failed[handle]) __sync_add_and_fetch(&control->again, 1);
@@ -110,7 +114,7 @@ int fsync(int handle) { REAL(fsync) return sync_suffers(handle) ? -1 : real(hand
 int fdatasync(int handle) { REAL(fdatasync) return sync_suffers(handle) ? -1 : real(handle); }
 int close(int handle) {
     REAL(close)
-    if (handle >= 0 && handle < (int)sizeof failed) failed[handle] = 0;
+    anew(handle);
     return real(handle);
 }
 

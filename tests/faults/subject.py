@@ -1,6 +1,6 @@
 """What suffers: kbsync's own commands and its daemon, with the editor that remembers, in processes that start at once.
 
-    python -m tests.faults.subject           # one request a line on stdin, one answer a line on stdout
+    python -m tests.faults.subject WORKSPACE # one request a line on stdin, one answer a line on stdout
 
 The program imports everything and then forks for each request, so that a process costs milliseconds. What it says on
 the way stands in the control file: the stage that it is in, which a test may have it wait in (`hold`).
@@ -8,9 +8,11 @@ the way stands in the control file: the stage that it is in, which a test may ha
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -36,6 +38,8 @@ def main() -> None:
     """Serve requests until stdin ends."""
     control = Control.open(Path(os.environ["FAULTS_CONTROL"]), Path(os.environ["LD_PRELOAD"]))
     _install(control)
+    configure(level="error")
+    perform(Path(sys.argv[1]), "sync", {}, user="test")  # whoever is forked as another user can import nothing more
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -66,6 +70,7 @@ def _run(request: dict[str, Any]) -> int:
     os.dup2(nothing, 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(signal.SIGUSR1, file=output)
     if request.get("user"):
         os.setgroups([])
         os.setresgid(*[request["user"]] * 3)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ import pytest
 from kbsync.commands import perform
 from kbsync.config import Workspace
 from kbsync.control import call
+from kbsync.lock import held_by
 from tests.faults.shim import Control
 from tests.faults.stages import STAGES
 from tests.standin import StandIn
@@ -71,7 +73,8 @@ class World(TestWorkspace):
 
 def template(folder: Path) -> Path:
     """A workspace at version 3 in `folder`, made by the editor that remembers: copy it, do not use it."""
-    save(tiny_llama(), folder / "model")
+    for file in save(tiny_llama(), folder / "model").iterdir():
+        file.chmod(0o644)
     root = folder / "template"
     for name in ("sources", "policies"):
         (root / name).mkdir(parents=True)
@@ -138,7 +141,7 @@ class Nursery:
         """A nursery whose files lie in `folder`, with a template of its own. Raises Unavailable."""
         control = Control.make(folder)
         made = template(folder)
-        command = [sys.executable, "-m", "tests.faults.subject"]
+        command = [sys.executable, "-m", "tests.faults.subject", str(shutil.copytree(made, folder / "warm"))]
         environment = control.environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
@@ -206,5 +209,16 @@ class Nursery:
 
 
 def ask(world: World, command: str, **arguments: Any) -> dict[str, Any]:
-    """Give a command to the daemon of a world."""
-    return call(world.workspace.socket, command, arguments, user="test")
+    """Give a command to the daemon of a world; where it does not answer, all that its threads do is in its log."""
+    workspace = world.workspace
+    with ThreadPoolExecutor(1) as asking:
+        answer = asking.submit(call, workspace.socket, command, arguments, user="test")
+        try:
+            return answer.result(PATIENCE)
+        except TimeoutError:
+            pid = int(held_by(workspace.lock) or 0)
+            os.kill(pid, signal.SIGUSR1)
+            time.sleep(1)
+            os.kill(pid, signal.SIGKILL)
+            logs = [log.read_text() for log in sorted(world.root.parent.glob("log-*"))]
+            raise AssertionError("\n".join(logs)) from None
