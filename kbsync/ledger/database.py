@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,8 +32,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, StatementError
+from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable, DropTable
 
 from kbsync.errors import Busy, KbsyncError, LedgerError, UsageError
@@ -101,17 +101,17 @@ _WRITER_LOCK = 0x6B627379
 def engine_for(url: str, *, create: bool) -> Engine:
     """An engine whose connections are safe to use: every pragma set, every transaction ours.
 
-    A new SQLite file gets mode 0600. Raises LedgerError where there is no ledger and `create` is false, UsageError
-    where the URL means nothing to SQLAlchemy.
+    A new SQLite file gets mode 0600. No transaction goes on with a file that an earlier one had open: SQLite holds it
+    read-only where its disk was, and pages whose fsync has failed may only seem to be there. Raises LedgerError where
+    there is no ledger and `create` is false, UsageError where the URL means nothing to SQLAlchemy.
     """
     address = parsed(url)
     file = database_file(address)
     if file is not None:
         _ensure_file(file, create=create)
-    engine = create_engine(address) if file is not None else _server_engine(address)
+    engine = create_engine(address, poolclass=NullPool) if file is not None else _server_engine(address)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "handle_error", _give_up_file)
     event.listen(engine, "begin", _begin)
     return engine
 
@@ -194,16 +194,6 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
             )
     finally:
         cursor.close()
-
-
-def _give_up_file(context: ExceptionContext) -> None:
-    """Let no open file outlive what its disk has refused: SQLite holds it read-only where the disk was, and pages whose
-    fsync has failed may only seem to be there. The next transaction opens the file anew."""
-    refused = getattr(context.original_exception, "sqlite_errorcode", 0) & 0xFF in _REFUSED_BY_DISK
-    if refused and context.connection is not None:
-        with suppress(sqlite3.Error):  # a connection that is closed in a transaction keeps its lock for a while
-            context.connection.connection.rollback()
-        context.is_disconnect = True
 
 
 def _begin(connection: Connection) -> None:
