@@ -18,6 +18,9 @@ from kbsync.versions.manifest import Manifest
 
 __all__ = ["cost_of", "measured", "missing_targets", "seconds_of"]
 
+MEASURED = 50
+"""Versions whose times count: those of long ago were on other hardware, and there may be thousands."""
+
 
 def cost_of(line: Line, plan: Plan) -> Cost:
     """What carrying the plan out on HEAD would cost; None for what no version has measured yet."""
@@ -39,10 +42,10 @@ def cost_of(line: Line, plan: Plan) -> Cost:
 
 
 def measured(line: Line) -> list[Manifest]:
-    """Manifests of the line's versions that inserted facts and took the time of it, newest first."""
+    """Manifests of the line's newest versions that inserted facts and took the time of it, newest first."""
     with line.ledger.read() as db:
         rows = [row for row in db.versions(line.model) if row.manifest_sha256 and row.facts]
-    found = [line.store.manifest(row.number, row.manifest_sha256) for row in reversed(rows)]
+    found = [line.store.manifest(row.number, row.manifest_sha256) for row in reversed(rows[-MEASURED:])]
     return [manifest for manifest in found if "seconds" in manifest.numerics]
 
 
@@ -56,7 +59,7 @@ def missing_targets(line: Line, requests: Sequence[EditRequest], manifests: Sequ
 
 
 def seconds_of(manifests: Sequence[Manifest], facts: int, targets: int) -> float | None:
-    """Each phase's time per fact, the longest of all versions for target vectors: a later one had them cached."""
+    """Each phase's time per fact, the longest of those versions for target vectors: a later one had them cached."""
     if not manifests:
         return None
 

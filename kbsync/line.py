@@ -190,10 +190,10 @@ class Line:
     def _same(self, db: Reader, keep: Mapping[FactKey, Applied]) -> tuple[ActiveDelta, ...] | None:
         """The active deltas of an earlier version that holds just the columns `keep`: its very weights come back."""
         wanted = {(fact.delta, fact.column) for fact in keep.values()}
-        for version in reversed(db.kept_versions(self.model)):
-            held = db.applied(self.model, version.number).values()
+        for number in sorted(db.restorable(self.model), reverse=True):
+            held = db.applied(self.model, number).values()
             if {(fact.delta, fact.column) for fact in held} == wanted:
-                return tuple(db.active(self.model, version.number))
+                return tuple(db.active(self.model, number))
         return None
 
     def _job(self, edit: Edit, db: Reader, head: int, weights: str | None) -> EditJob:
@@ -258,7 +258,7 @@ class Line:
         head: int,
     ) -> int:
         with self.ledger.read() as db:
-            number = 1 + max(version.number for version in db.versions(self.model))
+            number = 1 + max(db.made_at(self.model))
         manifest = self._manifest(edit, result, facts, number, head)
         digest = self.store.write_manifest(manifest)
         with self.ledger.write() as db:

@@ -17,10 +17,9 @@ __all__ = ["read_odometer"]
 def read_odometer(db: Reader, store: VersionStore, model: str, *, settings: str | None = None) -> Odometer:
     """From HEAD back, parent by parent, to the last rebase or the base. `settings`: the digest with which rebases that
     were rejected are remembered (None: `refused` is not asked for)."""
-    rows = {row.number: row for row in db.versions(model)}
-    path = [rows[db.head(model)]]
+    path = [db.version(model, db.head(model))]
     while path[-1].kind not in ("base", "rebase") and (parent := path[-1].parent) is not None:
-        path.append(rows[parent])
+        path.append(db.version(model, parent))
     rejected = db.rejected_rebases(model, settings) if settings is not None else ()
     refused = next((since for since, row in enumerate(path) if row.number in rejected), None)
     live, anchor = path[0], path[-1]

@@ -19,7 +19,6 @@ from kbsync.ledger import schema
 from kbsync.ledger.audit import Auditor
 from kbsync.ledger.database import bulk_insert
 from kbsync.ledger.read_versions import VersionReader
-from kbsync.ledger.records import VersionRow
 
 __all__ = ["RETENTION", "DroppedReader", "DroppedWriter"]
 
@@ -57,11 +56,6 @@ class DroppedReader(VersionReader):
             for number, needed in self.files(model).items()
             if (number > given_up or number in (0, head)) and needed.isdisjoint(gone)
         }
-
-    def kept_versions(self, model: str) -> list[VersionRow]:
-        """The same, with what the ledger says of them."""
-        kept = self.restorable(model)
-        return [row for row in self.versions(model) if row.number in kept]
 
     def kept_files(self, model: str) -> set[str]:
         """The sha256 of every delta and corrections file that a restorable version needs."""
