@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from kbsync.retention import Retention
 from kbsync.serving import Versions
 from kbsync.versions.store import VersionStore, stray_targets
 
-__all__ = ["collect", "retire"]
+__all__ = ["collect", "retire", "superfluous"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +76,20 @@ def collect(
     }
 
 
+def superfluous(db: Reader, retention: Retention, model: str, now: datetime) -> set[str]:
+    """The deltas and corrections of a model that only restorable versions need which retention does not keep."""
+    files, restorable = db.files(model), db.restorable(model)
+    kept = restorable & retention.keeps(db.made_at(model), {db.head(model), *db.aliases(model).values()}, now)
+    needed = {delta for number in kept for delta in files[number]}
+    return {delta for number in restorable - kept for delta in files[number]} - needed
+
+
 def _drop(
     db: Writer, retention: Retention, store: VersionStore, user: str
 ) -> tuple[Mapping[str, int], tuple[int, ...]]:
-    """Give up the deltas that only versions need which retention does not keep: their sizes, and those versions."""
-    model, files = store.model, db.files(store.model)
-    before = db.restorable(model)
-    kept = before & retention.keeps(db.made_at(model), {db.head(model), *db.aliases(model).values()}, db.now)
-    needed = {delta for number in kept for delta in files[number]}
-    going = {delta for number in before - kept for delta in files[number]} - needed
+    """Give up what is superfluous: its sizes, and the versions that are not restorable any more."""
+    model, before = store.model, db.restorable(store.model)
+    going = superfluous(db, retention, model, db.now)
     if not going:
         return {}, ()
     sizes = {delta: _size(store.delta_path(delta)) for delta in going}

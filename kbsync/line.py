@@ -35,6 +35,7 @@ from kbsync.progress import Progress, silent
 from kbsync.serving import Versions
 from kbsync.strategy import Odometer, Strategy, rebase_due
 from kbsync.timing import timed
+from kbsync.versions.files import require_space
 from kbsync.versions.manifest import ActiveDelta, Manifest, ManifestFact
 from kbsync.versions.store import VersionStore
 
@@ -43,6 +44,8 @@ __all__ = ["Judge", "Line"]
 RETAINED_SAMPLE = 40
 """Live facts of earlier versions that are probed again with every version: the same ones while they live."""
 HOOK_SECONDS = 600
+ROOM = 2
+"""How many times its size must be free for a delta: target vectors, corrections and the ledger grow beside it."""
 POINTING = threading.Lock()
 """Held by who writes HEAD and the aliases: a promotion does not wait for an edit, and both write them."""
 
@@ -147,6 +150,7 @@ class Line:
                 edit = replace(edit, edits=sorted(edits, key=lambda planned: planned.request.key))
             job = self._job(edit, db, head, row.weights_sha256)
             applied, holds = db.applied(self.model, head), db.holds(self.model)
+        self._require_room(job)
         result = self.run_edit(job, progress=self.progress, cancelled=self.cancelled)
         facts = new_facts(edit, result)
         inserted = {fact.request.key: fact for _, fact in facts}
@@ -174,6 +178,12 @@ class Line:
         with timed(result.seconds, "publish"):
             number = self._publish(edit, result, held, tried.facts, tried.head)
         return Outcome(result, number, held)
+
+    def _require_room(self, job: EditJob) -> None:
+        """Raise StoreError where the new delta would not fit on the disk; nothing is known before the first version."""
+        fact = self.store.fact_size(job.active)
+        if fact is not None and job.requests:
+            require_space(self.workspace.data, ROOM * len(job.requests) * fact)
 
     def _losses(self, edit: Edit, result: EditResult) -> list[str]:
         """Why a rebase loses too much: of the live facts that HEAD answers, or, on another base, of all that it takes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
     runs = counted(len(found["held_runs"]), "run")
     say(f"waiting: {counted(found['pending'], 'edit')}, {counted(found['holds'], 'hold')}, {runs} for approval")
     _say_capacity(found["capacity"])
+    _say_disk(found["disk"])
     say(f"writer: process {found['writer']}" if found["writer"] else "writer: none (no daemon is running)")
     if found["server"]:
         say(f"server: {escape(found['server'])}")
@@ -57,9 +59,11 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
 
 def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
     from kbsync.catalog import load_catalog
+    from kbsync.disk import read_disk
     from kbsync.lock import held_by
 
     catalog, model = load_catalog(workspace), model_row(workspace, db)
+    disk = read_disk(workspace, db, datetime.now(UTC))
     states = [db.source_state(name) for name in catalog.sources]
     return {
         "workspace": str(workspace.root),
@@ -74,12 +78,13 @@ def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
         "holds": len(db.holds(model.id)) if model else 0,
         "held_runs": [plan.run_id for plan in db.staged_plans()],
         "capacity": _capacity(workspace, db, model),
+        "disk": disk.to_json(),
         "writer": held_by(workspace.lock),
         "server": _server(workspace, db),
         "freshness": freshness_json(db, catalog),
         "policies": [_policy_state(name, db) for name in sorted(catalog.policies)],
         "sources": [asdict(state) for state in states if state.failures],
-        "warnings": [one.warning(catalog.policies) for one in db.orphans(catalog.relations)],
+        "warnings": [*(one.warning(catalog.policies) for one in db.orphans(catalog.relations)), *disk.warnings()],
     }
 
 
@@ -126,6 +131,16 @@ def _say_capacity(found: Mapping[str, Any] | None) -> None:
     say(f"  {counted(found['since_rebase'], 'version')} since version {found['rebased_in']}{due}")
     for warning in found["warnings"]:
         say(f"  [yellow]{escape(warning)}[/]")
+
+
+def _say_disk(found: Mapping[str, Any]) -> None:
+    sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in found["sizes"].items())
+    days, rate = found["days_left"], sum(found["growth"].values()) / 1e6
+    lasts = f", lasts {min(days, 36500):,.0f} days at {rate:.2f} MB a day" if days is not None else ""
+    say(f"disk: {found['free'] / 1e9:.1f} GB free{lasts}")
+    fact = f"; a fact takes {found['fact'] / 1000:.1f} kB" if found["fact"] else ""
+    frees = f"; kbsync gc frees {found['reclaimable'] / 1e6:.1f} MB" if found["reclaimable"] else ""
+    say(f"  {sizes}{fact}{frees}")
 
 
 def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:

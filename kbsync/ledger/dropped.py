@@ -78,6 +78,17 @@ class DroppedReader(VersionReader):
         rows = self._connection.execute(query)
         return sum(row.size for row in rows if published[row.model].get(row.delta, (since,))[0] < since)
 
+    def begun_at(self) -> datetime | None:
+        """When the first entry of the audit log was written."""
+        found: datetime | None = self._connection.scalar(select(func.min(schema.audit.c.at)))
+        return found
+
+    def share_since(self, since: datetime) -> float:
+        """Which share of the audit log was written since then: about as much of the ledger."""
+        entries = select(func.count()).select_from(schema.audit)
+        total = self._connection.scalar(entries) or 0
+        return (self._connection.scalar(entries.where(schema.audit.c.at >= since)) or 0) / total if total else 0.0
+
     def _published(self, model: str) -> dict[str, tuple[datetime, datetime]]:
         """File -> when the first and the newest version was published that names it."""
         table, version = schema.version_delta, schema.version

@@ -85,6 +85,12 @@ class VersionStore:
         False where there is no such file to read, which the edit itself will find."""
         return any(name.endswith(".dense") for name in _header(self.delta_path(sha256)))
 
+    def fact_size(self, active: Iterable[ActiveDelta]) -> int | None:
+        """Bytes that a fact takes in the files of these deltas, on average; None where there are none."""
+        paths = [path for entry in active if (path := self.delta_path(entry.delta)).exists()]
+        columns = sum(_columns(path) for path in paths)
+        return round(sum(path.stat().st_size for path in paths) / columns) if columns else None
+
     def manifest_path(self, number: int) -> Path:
         """Where the manifest of version `number` lies."""
         return self.folder / f"{number:06d}.json"
@@ -237,6 +243,11 @@ def _header(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return header if isinstance(header, dict) else {}
+
+
+def _columns(path: Path) -> int:
+    """How many facts a delta file has a column for: `left` is [d, n]."""
+    return next((entry["shape"][1] for name, entry in _header(path).items() if name.endswith(".left")), 0)
 
 
 def named(active: Iterable[ActiveDelta]) -> set[str]:
