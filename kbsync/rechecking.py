@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 from kbsync.editor.job import AskJob, AskResult
@@ -36,7 +35,7 @@ def recheck(line: Line, settings: Recheck, ask: Ask, *, everything: bool = False
     with line.ledger.read() as db:
         head = db.head(line.model)
         standings = db.standings(line.model, head)
-        due = standings if everything else settings.due(standings, datetime.now(UTC))
+        due = standings if everything else settings.due(standings, line.ledger.now())
     done: dict[str, Any] = {"version": head, "facts": len(standings), "due": [_told(one) for one in due]}
     if dry:
         return done

@@ -34,6 +34,7 @@ from kbsync.commands import execute
 from kbsync.config import Workspace
 from kbsync.daemon.chores import CHORES
 from kbsync.editor.answers import log_probabilities
+from kbsync.editor.asker import ask
 from kbsync.errors import GateRejected, UsageError
 from kbsync.ledger import Ledger
 from kbsync.log import configure
@@ -262,6 +263,7 @@ def soaking(root: Path, seed: int = 0) -> Iterator[Soak]:
     with Ledger.open(opened.ledger_url, clock=clock) as ledger:
         reconciler = Reconciler(opened, load_catalog(opened), ledger, "soak")
         reconciler.run_edit = run_here
+        reconciler.run_ask = lambda job, progress, cancelled: ask(job, progress)
         yield Soak(reconciler, Feed(made, chance), clock, chance)
 
 

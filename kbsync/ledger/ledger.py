@@ -73,6 +73,10 @@ class Ledger:
     ) -> None:
         self.close()
 
+    def now(self) -> datetime:
+        """The time by the ledger's clock, timezone-aware."""
+        return self._clock()
+
     @contextmanager
     def read(self) -> Iterator[Reader]:
         """One consistent state. Keep the block short: SQLite's rollback journal lets a writer commit only when nobody
