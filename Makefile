@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 AUDITOR := $(VENV)/.auditor
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu mutants lint audit lock check format model clean
+.PHONY: help demo test gpu mutants soak lint audit lock check format model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ gpu: model ## the engine's tests on a CUDA device; its speed, memory and hashes 
 
 mutants: $(READY) ## small defects in the decisions: each must fail a test (about 10 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
+
+soak: $(READY) ## a thousand passes of a tiny model on a simulated clock: what must stay bounded (about 8 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -33,8 +33,8 @@ LEDGER = "ledger"
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Sizes in bytes. `growth`: by kind, per day; `reclaimable`: of deltas, what `kbsync gc` would free now; `fact`: what
-    one takes in the live deltas (None: there is none)."""
+    """Sizes in bytes. `growth`: by kind, per day; `reclaimable`: of deltas, what `kbsync gc` would free now; `fact`:
+    what one takes in the live deltas (None: there is none)."""
 
     sizes: Mapping[str, int]
     growth: Mapping[str, float]

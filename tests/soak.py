@@ -35,7 +35,8 @@ from kbsync.config import Workspace
 from kbsync.daemon.chores import CHORES
 from kbsync.editor.answers import log_probabilities
 from kbsync.editor.asker import ask
-from kbsync.errors import GateRejected, UsageError
+from kbsync.editor.job import AskJob, AskResult
+from kbsync.errors import Cancelled, GateRejected, UsageError
 from kbsync.ledger import Ledger
 from kbsync.log import configure
 from kbsync.progress import Progress, silent
@@ -251,6 +252,13 @@ class Soak:
         )
 
 
+def ask_here(job: AskJob, *, progress: Progress, cancelled: threading.Event) -> AskResult:
+    """The question in this process; nobody cancels it."""
+    if cancelled.is_set():
+        raise Cancelled("cancelled")
+    return ask(job, progress)
+
+
 @contextmanager
 def soaking(root: Path, seed: int = 0) -> Iterator[Soak]:
     """A run on a workspace below `root` that was never synced."""
@@ -263,7 +271,7 @@ def soaking(root: Path, seed: int = 0) -> Iterator[Soak]:
     with Ledger.open(opened.ledger_url, clock=clock) as ledger:
         reconciler = Reconciler(opened, load_catalog(opened), ledger, "soak")
         reconciler.run_edit = run_here
-        reconciler.run_ask = lambda job, progress, cancelled: ask(job, progress)
+        reconciler.run_ask = ask_here
         yield Soak(reconciler, Feed(made, chance), clock, chance)
 
 
