@@ -107,7 +107,7 @@ def _orphans(reconciler: Reconciler, *, at_most: int) -> list[str]:
     with reconciler.ledger.read() as db:
         model = _model(reconciler)
         numbers = {row.number for row in db.versions(model)}
-        live = {entry.delta for row in db.kept_versions(model) for entry in db.active(model, row.number)}
+        live = db.kept_files(model)
     store = VersionStore(reconciler.workspace.data, model)
     found = store.orphans(live, numbers, older_than=timedelta(seconds=-1))
     deltas = [path for path in found if path.suffix == ".safetensors"]
