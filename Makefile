@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 AUDITOR := $(VENV)/.auditor
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu mutants soak lint audit lock check format model clean
+.PHONY: help demo test gpu mutants soak faults lint audit lock check format model clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ mutants: $(READY) ## small defects in the decisions: each must fail a test (abou
 
 soak: $(READY) ## a thousand passes of a tiny model on a simulated clock: what must stay bounded (about 8 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
+
+faults: $(READY) ## kill, stop, refuse, mislead kbsync at hundreds of points: what must hold all the same
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .
