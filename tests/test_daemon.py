@@ -8,13 +8,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kbsync.catalog import load_catalog
 from kbsync.commands import perform
 from kbsync.config import Workspace
+from kbsync.daemon import Daemon
+from kbsync.daemon.chores import Chore
 from kbsync.errors import Cancelled, KbsyncError, UsageError
 from kbsync.ledger import Ledger
 from tests.daemons import PATIENCE, Running, children
@@ -181,3 +185,38 @@ def test_a_sources_pause_keeps_neither_a_rollback_nor_the_end_waiting(
     with ledger.read() as db:
         assert [run.status for run in db.runs()] == ["cancelled", "cancelled"]
     ledger.close()
+
+
+def test_passes_that_wait_for_each_other_hold_up_no_chore(made: TestWorkspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notices go out while more policies wait for a long edit than there are threads for passes."""
+    for number in range(5):
+        names = ("sources/stars.yaml", "source: stars"), ("policies/sky.yaml", "policy: sky")
+        for file, name in names:
+            text = (made.root / file).read_text().replace(name, f"{name}{number}")
+            text = text.replace("sources: [stars]", f"sources: [stars{number}]").replace("constellation", f"c{number}")
+            text = text.replace(f"name, object: c{number}", "name, object: constellation")
+            (made.root / file.replace(".yaml", f"{number}.yaml")).write_text(text)
+    editing, may_end, told = threading.Event(), threading.Event(), threading.Event()
+
+    def edit(*_args: object, **_options: object) -> None:
+        editing.set()
+        may_end.wait(PATIENCE)
+        raise Cancelled("the test is over")
+
+    chores = (Chore("short", timedelta(seconds=0.2), lambda _reconciler: told.set()),)
+    monkeypatch.setattr("kbsync.daemon.daemon.CHORES", chores)
+    monkeypatch.setattr("kbsync.reconcile.run_edit", edit)
+    workspace_, ledger = Workspace.load(made.root), Ledger.open(Workspace.load(made.root).ledger_url)
+    daemon = Daemon(workspace_, load_catalog(workspace_), ledger)
+    thread = threading.Thread(target=daemon.run)
+    thread.start()
+    try:
+        assert editing.wait(PATIENCE)
+        time.sleep(1)  # the other passes take their threads
+        told.clear()
+        assert told.wait(PATIENCE)
+    finally:
+        daemon.stop()
+        may_end.set()
+        thread.join(PATIENCE)
+        ledger.close()

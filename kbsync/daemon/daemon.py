@@ -102,8 +102,13 @@ class Daemon:
         self._clock = ClockWatch()
         self._scheduler = BackgroundScheduler(
             jobstores={"default": MemoryJobStore()},
-            # "own": in the scheduler's own thread, which so beats itself, however busy the pool is.
-            executors={"default": ThreadPoolExecutor(max_workers=4), "own": DebugExecutor()},
+            # "beside": chores that do not wait for the work, however many passes do. "own": in the scheduler's own
+            # thread, which so beats itself, however busy the pools are.
+            executors={
+                "default": ThreadPoolExecutor(max_workers=4),
+                "beside": ThreadPoolExecutor(max_workers=2),
+                "own": DebugExecutor(),
+            },
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
             timezone=UTC,
         )
@@ -311,9 +316,14 @@ class Daemon:
             self._pulse.beat, "interval", ["scheduler"], seconds=BEAT, id="pulse", executor="own", replace_existing=True
         )
         for chore in CHORES:
-            seconds = chore.every.total_seconds()
             self._scheduler.add_job(
-                self._do, "interval", [chore], seconds=seconds, id=f"chore {chore.name}", replace_existing=True
+                self._do,
+                "interval",
+                [chore],
+                seconds=chore.every.total_seconds(),
+                id=f"chore {chore.name}",
+                executor="default" if chore.alone else "beside",
+                replace_existing=True,
             )
 
     def _do(self, chore: Chore) -> None:
