@@ -19,14 +19,16 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel
 
 from kbsync.catalog import load_catalog
 from kbsync.cli.common import bars
@@ -35,15 +37,16 @@ from kbsync.config import Workspace
 from kbsync.daemon.chores import CHORES
 from kbsync.editor.answers import log_probabilities
 from kbsync.editor.asker import ask
-from kbsync.editor.job import AskJob, AskResult
-from kbsync.errors import Cancelled, GateRejected, UsageError
+from kbsync.editor.job import AskJob, AskResult, EditJob, EditResult
+from kbsync.editor.worker import perform
+from kbsync.errors import Cancelled, GateRejected, KbsyncError, UsageError
 from kbsync.ledger import Ledger
 from kbsync.log import configure
 from kbsync.progress import Progress, silent
 from kbsync.reconcile import Reconciler
 from kbsync.serving import load_model, verify_workspace
 from tests.ledgers import Clock
-from tests.workspaces import TestWorkspace, run_here, workspace
+from tests.workspaces import TestWorkspace, workspace
 
 NAMES = (
     "Vega",
@@ -252,11 +255,42 @@ class Soak:
         )
 
 
-def ask_here(job: AskJob, *, progress: Progress, cancelled: threading.Event) -> AskResult:
-    """The question in this process; nobody cancels it."""
-    if cancelled.is_set():
-        raise Cancelled("cancelled")
-    return ask(job, progress)
+Job = TypeVar("Job", AskJob, EditJob)
+Result = TypeVar("Result", bound=BaseModel)
+
+
+def in_child(act: Callable[[Job, Progress], Result], made: type[Result]) -> Callable[..., Result]:
+    """The engine in a process of its own, as the daemon has it, but forked: its memory is not the daemon's, and it need
+    not load torch anew."""
+
+    def run(job: Job, *, progress: Progress, cancelled: threading.Event) -> Result:
+        del progress
+        if cancelled.is_set():
+            raise Cancelled("cancelled")
+        ours, theirs = os.pipe()
+        if (child := os.fork()) == 0:
+            _answer(theirs, lambda: act(job, silent))
+        os.close(theirs)
+        with os.fdopen(ours) as answers:
+            said = answers.read()
+        os.waitpid(child, 0)
+        answer = json.loads(said or '{"error": {"type": "EditError", "message": "the child died"}}')
+        if "error" in answer:
+            raise KbsyncError.from_json(answer["error"])
+        return made.model_validate(answer["result"])
+
+    return run
+
+
+def _answer(pipe: int, act: Callable[[], BaseModel]) -> NoReturn:
+    """In the child: do it, say what came of it, and go without any of the parent's clearing up."""
+    try:
+        answer = {"result": act().model_dump(mode="json")}
+    except KbsyncError as error:
+        answer = {"error": error.to_json()}
+    with os.fdopen(pipe, "w") as answers:
+        json.dump(answer, answers)
+    os._exit(0)
 
 
 @contextmanager
@@ -270,8 +304,8 @@ def soaking(root: Path, seed: int = 0) -> Iterator[Soak]:
     opened = Workspace.load(root)
     with Ledger.open(opened.ledger_url, clock=clock) as ledger:
         reconciler = Reconciler(opened, load_catalog(opened), ledger, "soak")
-        reconciler.run_edit = run_here
-        reconciler.run_ask = ask_here
+        reconciler.run_edit = in_child(perform, EditResult)
+        reconciler.run_ask = in_child(ask, AskResult)
         yield Soak(reconciler, Feed(made, chance), clock, chance)
 
 

@@ -166,8 +166,9 @@ def test_one_client_too_many_is_told_so_and_the_others_go_on(tmp_path: Path, mon
 def test_another_user_is_refused_whatever_the_files_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel says whose process it is; this process is made to take itself for another user's."""
     path = tmp_path / "control.sock"
-    with serve(path, handler), talking_to(path) as client:
+    with serve(path, handler):
         monkeypatch.setattr("kbsync.control._PRIVILEGED", -1)
         monkeypatch.setattr("os.geteuid", lambda: 54321)
-        client.sendall(REQUEST)
-        assert "another user" in heard(client)["error"]["message"]
+        with talking_to(path) as client:
+            client.sendall(REQUEST)
+            assert "another user" in heard(client)["error"]["message"]

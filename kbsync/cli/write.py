@@ -338,7 +338,8 @@ def say_report(report: dict[str, Any]) -> None:
     if report["probe"]:
         say(f"  {probe_line(report['probe'])}")
     if report["seconds"]:
-        say("  " + "  ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report["seconds"].items()))
+        phases = [f"{phase} {seconds:.1f} s" for phase, seconds in report["seconds"].items() if seconds >= 0.05]
+        say(f"  {'  '.join(phases)}")
     for problem in report["problems"]:
         say(f"  [red]{escape(problem['message'])}[/]")
         if problem["hint"]:
