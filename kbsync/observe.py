@@ -178,9 +178,10 @@ def _as_source(host: str) -> str:
 
 
 def _cooling(source: str, state: SourceState) -> SourceError | None:
-    """A source or a host that asked to be left alone is left alone."""
+    """A source or a host that asked to be left alone is left alone. What lies further ahead than any cooldown was noted
+    by a clock that has been put back since."""
     until = state.retry_at
-    if until is None or datetime.now(UTC) >= until:
+    if until is None or not timedelta(0) < until - datetime.now(UTC) <= COOLDOWN_LONGEST:
         return None
     kind = SourceBlocked if state.blocked else SourceUnavailable
     problem = f"not asked again before {until:%Y-%m-%d %H:%M} UTC ({state.last_error})"

@@ -18,26 +18,52 @@ from apscheduler.triggers.interval import IntervalTrigger
 from kbsync.config import time_zone
 from kbsync.policy import Schedule
 
-__all__ = ["next_due", "trigger"]
+__all__ = ["Cron", "Every", "next_due", "trigger"]
 
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 """Days of the week in the order of crontab(5)."""
 
 
-def trigger(schedule: Schedule) -> CronTrigger | IntervalTrigger:
+class Every(IntervalTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """Every so often. However long the clock jumped ahead or the machine slept, one time was missed: APScheduler's own
+    trigger lists every single one while nothing else can be scheduled, of a beat in 5 s 6 million a year."""
+
+    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
+        """The time after the previous one that is after now, too; without a previous one, the first."""
+        last = previous_fire_time
+        if last is not None:
+            last = last.astimezone(UTC)
+            last += max(0, (now.astimezone(UTC) - last) // self.interval) * self.interval
+        found: datetime | None = super().get_next_fire_time(last, now)
+        return found
+
+
+class Cron(CronTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """At times of a calendar; of those that were missed, one counts, as with Every."""
+
+    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
+        """The time after the previous one that is not before now; without a previous one, the first."""
+        last = previous_fire_time
+        if last is not None:
+            last = max(last.astimezone(UTC), now.astimezone(UTC) - timedelta(microseconds=1))
+        found: datetime | None = super().get_next_fire_time(last, now)
+        return found
+
+
+def trigger(schedule: Schedule) -> Cron | Every:
     """When a policy's pass runs, as APScheduler has it. Raises ValueError where the schedule can never be meant."""
     zone, jitter = time_zone(schedule.timezone), int(schedule.jitter) or None
     if schedule.every is not None:
         if schedule.every < 1:
             raise ValueError("every must be 1s or more")
-        return IntervalTrigger(seconds=int(schedule.every), jitter=jitter, timezone=zone)
+        return Every(seconds=int(schedule.every), jitter=jitter, timezone=zone)
     fields = (schedule.cron or "").lower().split()
     if len(fields) != 5:
         raise ValueError("cron needs five fields: minute hour day month day-of-week")
     minute, hour, day, month, weekday = fields
     if "*" not in (day, weekday):
         raise ValueError("cron cannot restrict both the day of the month and the day of the week")
-    found = CronTrigger(
+    found = Cron(
         minute=minute, hour=hour, day=day, month=month, day_of_week=_weekdays(weekday), jitter=jitter, timezone=zone
     )
     if found.get_next_fire_time(None, datetime.now(zone)) is None:
@@ -55,7 +81,7 @@ def next_due(schedule: Schedule, last_started: datetime | None, now: datetime) -
     if last_started is None:
         return now
     begun = min(last_started, now)
-    due: datetime | None = trigger(schedule).get_next_fire_time(begun, begun + timedelta(microseconds=1))
+    due = trigger(schedule).get_next_fire_time(begun, begun + timedelta(microseconds=1))
     if due is None:
         raise ValueError(f"schedule never comes again: {schedule.cron}")
     return max(now, due.astimezone(UTC))

@@ -156,6 +156,15 @@ def test_who_refuses_us_is_left_alone_for_an_hour_then_longer_and_a_restart_chan
         assert state(ledger) == SourceState("feed")
 
 
+def test_a_cooldown_ends_though_the_clock_was_a_year_ahead_when_it_began(tmp_path: Path) -> None:
+    with opened(tmp_path) as ledger:
+        look(ledger, Scripted([SourceBlocked("feed", "status 403")]))
+        with ledger.write() as db:
+            db.set_source_state(replace(db.source_state("feed"), retry_at=datetime.now(UTC) + timedelta(days=365)))
+        assert len(look(ledger, Scripted([]))[0]) == 1
+        assert state(ledger) == SourceState("feed")
+
+
 def test_an_invalid_answer_is_not_asked_for_again_at_once(tmp_path: Path) -> None:
     """It would be as invalid; the next pass asks again."""
     with opened(tmp_path) as ledger:

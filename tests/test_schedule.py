@@ -82,3 +82,15 @@ def test_a_time_that_a_night_skips_or_repeats_comes_all_the_same() -> None:
     assert next_due(schedule, first + timedelta(hours=2), first + timedelta(hours=2)) == datetime(
         2026, 10, 26, 1, 30, tzinfo=UTC
     )
+
+
+@pytest.mark.parametrize("schedule", [Schedule(every=1), Schedule(cron="* * * * *")], ids=["every", "cron"])
+@given(missed=st.floats(0, 1e10))
+def test_the_next_time_is_after_now_however_many_were_missed(schedule: Schedule, missed: float) -> None:
+    """In one step: whoever counts them second by second has no time left after centuries."""
+    last = NOW.replace(second=0)
+    now = last + timedelta(seconds=missed)
+    found = trigger(schedule).get_next_fire_time(last, now)
+    assert found is not None
+    assert last < found
+    assert now <= found <= now + timedelta(seconds=schedule.every or 60)

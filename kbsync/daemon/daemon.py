@@ -46,7 +46,7 @@ from kbsync.lock import writer_lock
 from kbsync.progress import Progress, silent
 from kbsync.pulse import BEAT, Pulse
 from kbsync.reconcile import SCHEDULED, Reconciler
-from kbsync.schedule import next_due, trigger
+from kbsync.schedule import Every, next_due, trigger
 from kbsync.web.server import serving
 
 __all__ = ["Daemon", "run_daemon"]
@@ -312,15 +312,15 @@ class Daemon:
             )
 
     def _schedule_chores(self) -> None:
+        beats = Every(seconds=BEAT, timezone=UTC)
         self._scheduler.add_job(
-            self._pulse.beat, "interval", ["scheduler"], seconds=BEAT, id="pulse", executor="own", replace_existing=True
+            self._pulse.beat, beats, ["scheduler"], id="pulse", executor="own", replace_existing=True
         )
         for chore in CHORES:
             self._scheduler.add_job(
                 self._do,
-                "interval",
+                Every(seconds=chore.every.total_seconds(), timezone=UTC),
                 [chore],
-                seconds=chore.every.total_seconds(),
                 id=f"chore {chore.name}",
                 executor="default" if chore.alone else "beside",
                 replace_existing=True,

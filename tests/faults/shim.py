@@ -17,6 +17,7 @@ import shutil
 import struct
 import subprocess
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 OPEN, READ, WRITE, SYNC, RENAME, UNLINK, TRUNCATE, MAKE = (1 << bit for bit in range(8))
@@ -109,6 +110,15 @@ class Control:
     def stop(self) -> None:
         """Nothing fails any more; counting goes on."""
         self.set(mode=_OFF)
+
+    def turn(self, **by: float) -> None:
+        """Set the time of day ahead (or back) by a timedelta's arguments; the monotonic clock goes on as ever."""
+        self.set(clock=self.get("clock") + timedelta(**by) // timedelta(microseconds=1) * 1000)
+
+    @property
+    def now(self) -> datetime:
+        """What the processes take the time to be."""
+        return datetime.now(UTC) + timedelta(microseconds=self.get("clock") // 1000)
 
     @property
     def trail(self) -> dict[int, int]:
