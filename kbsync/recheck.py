@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kbsync.facts import Applied, FactKey
 from kbsync.policy import Seconds
 
-__all__ = ["AGES", "FactCheck", "Recheck", "Share", "Standing", "decay", "misses"]
+__all__ = ["AGES", "FactCheck", "Recheck", "Share", "Standing", "misses"]
 
 AGES = (1, 7, 30, 90, 365)
 """Days that part the rows of a decay table."""
@@ -122,18 +122,3 @@ class Share:
     until: int | None
     checks: int
     answered: int
-
-
-def decay(checks: Iterable[FactCheck]) -> list[Share]:
-    """How many facts are still answered, by relation and by age since they were published."""
-    counts: dict[tuple[str, int], list[int]] = {}
-    for check in checks:
-        days = (check.at - check.served) / timedelta(days=1)
-        place = sum(days >= age for age in AGES)
-        count = counts.setdefault((check.key.relation, place), [0, 0])
-        count[0] += 1
-        count[1] += check.answered
-    return [
-        Share(relation, AGES[place] if place < len(AGES) else None, *counts[relation, place])
-        for relation, place in sorted(counts)
-    ]

@@ -1,6 +1,6 @@
 """Asks facts of HEAD again when they are due, records what came of it, and says what has faded.
 
-    done = recheck(line, settings.recheck, run_ask)
+    done = recheck(line, settings.recheck, policies, run_ask)
 
 A fact that is not answered any more has faded: the next pass of its policy edits it once more (plan kind `faded`). One
 that fades again after as many edits as `recheck.edits` allows is held with the evidence.
@@ -8,26 +8,35 @@ that fades again after as many edits as `recheck.edits` allows is held with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kbsync.editor.job import AskJob, AskResult
 from kbsync.errors import Cancelled
 from kbsync.facts import FactKey, Hold
-from kbsync.ledger.reader import Reader
 from kbsync.ledger.writer import Writer
 from kbsync.line import Line
-from kbsync.recheck import FactCheck, Recheck, Standing, decay
+from kbsync.planning import plan_now
+from kbsync.policy import Policy
+from kbsync.recheck import FactCheck, Recheck, Standing
 
-__all__ = ["Ask", "decay_of", "recheck"]
+__all__ = ["Ask", "recheck"]
 
 Ask = Callable[..., AskResult]
 """`child.run_ask`, or what stands in for it."""
 
 
-def recheck(line: Line, settings: Recheck, ask: Ask, *, everything: bool = False, dry: bool = False) -> dict[str, Any]:
-    """Ask the facts that are due; `everything`: all that HEAD holds, due or not. `dry`: only say which.
+def recheck(
+    line: Line,
+    settings: Recheck,
+    policies: Collection[Policy],
+    ask: Ask,
+    *,
+    everything: bool = False,
+    dry: bool = False,
+) -> dict[str, Any]:
+    """Ask the facts that are due; `everything`: all that HEAD holds, due or not. `dry`: only say which. `policies`: all
+    there are, whose next passes edit once more what has faded.
 
     Raises Cancelled where HEAD moved meanwhile or the question was cancelled; StoreError where HEAD's weights do not
     come out as recorded; EditError as the child does. Then nothing is recorded.
@@ -49,7 +58,7 @@ def recheck(line: Line, settings: Recheck, ask: Ask, *, everything: bool = False
         ]
         db.note_checks(line.model, checks)
         held = _give_up(db, line.model, settings, due, checks, result)
-        faded = _tell(db, line.model, head)
+        faded = _tell(db, line.model, head, policies)
     evidence = {failed.digest: failed.evidence for failed in result.failed}
     missed = [one for one in due if one.fact.request.digest in evidence]
     told = [_told(one) | {"missed": one.missed, "evidence": evidence[one.fact.request.digest]} for one in missed]
@@ -91,10 +100,14 @@ def _give_up(
     return held
 
 
-def _tell(db: Writer, model: str, head: int) -> int:
-    """How many facts have faded and wait for an edit; people are told when there are any, and when there are none."""
-    faded, held = db.faded(model, head), db.holds(model)
-    waiting = [key for key, fact in db.applied(model, head).items() if fact.request.digest in faded and key not in held]
+def _tell(db: Writer, model: str, head: int, policies: Collection[Policy]) -> int:
+    """How many facts have faded and wait for an edit: those that a plan has, and not what is held, protected or of no
+    policy any more. People are told when there are any, and when there are none."""
+    faded = db.faded(model, head)
+    relations = {key.relation for key, fact in db.applied(model, head).items() if fact.request.digest in faded}
+    concerned = [policy for policy in policies if relations & policy.wording().keys()]
+    plans = [plan_now(db, policy, model) for policy in concerned]
+    waiting = sorted(edit.request.key for plan in plans for edit in plan.edits if edit.kind == "faded")
     if waiting:
         text = f"version {head} no longer answers {len(waiting)} of its facts; the next pass edits them once more"
         detail = {"model": model, "version": head, "facts": len(waiting), "first": [list(key) for key in waiting[:5]]}
@@ -114,8 +127,3 @@ def _told(standing: Standing) -> dict[str, Any]:
         "served": standing.served.isoformat(),
         "stage": standing.last.stage if standing.last else 0,
     }
-
-
-def decay_of(db: Reader, model: str) -> list[dict[str, Any]]:
-    """How many facts of a model are still answered, by relation and age, over all checks that were made."""
-    return [asdict(share) for share in decay(db.fact_checks(model))]

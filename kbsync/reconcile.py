@@ -240,8 +240,8 @@ class Reconciler:
 
     def recheck(self, *, everything: bool = False, dry: bool = False) -> dict[str, Any]:
         """Ask the facts of HEAD again that are due, or all. Raises what `rechecking.recheck` raises."""
-        settings = self.workspace.settings.recheck
-        return recheck(self.line(), settings, self.run_ask, everything=everything, dry=dry)
+        settings, policies = self.workspace.settings.recheck, self.catalog.policies.values()
+        return recheck(self.line(), settings, policies, self.run_ask, everything=everything, dry=dry)
 
     def _each(self, names: Collection[str], act: Callable[[Policy, Line], Report]) -> list[Report]:
         policies = [self.catalog.policy(name) for name in sorted(names or self.catalog.policies)]

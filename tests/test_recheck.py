@@ -14,6 +14,8 @@ from kbsync.cli import main
 from kbsync.daemon.chores import CHORES
 from kbsync.editor.answers import log_probabilities
 from kbsync.errors import Cancelled
+from kbsync.facts import FactKey
+from kbsync.recheck import AGES, FactCheck, Share
 from kbsync.undo import release, rollback
 from tests.standin import StandIn
 from tests.workspaces import TestWorkspace, run_here, workspace
@@ -114,6 +116,60 @@ def test_a_held_fact_is_not_edited_once_more(life: Life) -> None:
     life.engine.forgotten = {"Lyra"}
     assert life.recheck()["faded"] == 0
     assert life.sync() == ("done", [], {})
+
+
+@pytest.mark.parametrize("unwilling", ["a protected subject", "a relation of no policy"])
+def test_nobody_is_promised_an_edit_that_no_pass_makes(life: Life, unwilling: str) -> None:
+    policy = life.made.root / "policies" / "sky.yaml"
+    if unwilling == "a protected subject":
+        policy.write_text(policy.read_text().replace("prompt:", "protected: ['stars:betel']\n    prompt:"))
+    else:
+        policy.unlink()
+        (life.made.root / "sources" / "stars.yaml").unlink()
+    life.engine.forgotten = {"Lyra"}
+    done = life.recheck()
+    assert (done["answered"], done["faded"], done["held"]) == (2, 0, [])
+    assert life.kinds() == []
+
+
+@pytest.mark.usefixtures("database")
+def test_what_is_still_answered_is_counted_by_relation_and_age(life: Life) -> None:
+    now = datetime(2026, 7, 1, 12, tzinfo=UTC)
+
+    def check(age: float, answered: bool) -> FactCheck:
+        served = now - timedelta(days=age)
+        return FactCheck(FactKey("constellation", "stars:vega"), "r", 1, 1, answered, served, now, now)
+
+    with life.made.open() as reconciler:
+        model, ledger = reconciler.line().model, reconciler.ledger
+        with ledger.write() as db:
+            assert db.decay(model) == []
+            db.note_checks(model, [check(age, age != 6) for age in (0, 0.999999, 1, 6, 6.5, 7, 90, 400)])
+            assert db.decay(model) == [
+                Share("constellation", 1, 2, 2),
+                Share("constellation", 7, 3, 2),
+                Share("constellation", 30, 1, 1),
+                Share("constellation", 365, 1, 1),
+                Share("constellation", None, 1, 1),
+            ]
+    assert AGES == (1, 7, 30, 90, 365)
+
+
+def test_a_fact_that_is_answered_is_found_by_its_newest_check_alone(life: Life) -> None:
+    """The ledger of a daemon that has run for years has many checks of each fact."""
+    for _ in range(3):
+        life.recheck()
+    life.engine.forgotten = {"Lyra"}
+    life.recheck()
+    with life.made.open() as reconciler:
+        model, ledger = reconciler.line().model, reconciler.ledger
+    with ledger.read() as db:
+        read: list[FactCheck] = []
+        ask = db._checks
+        db._checks = lambda query: [read.append(one) or one for one in ask(query)]  # type: ignore[method-assign,func-returns-value]
+        standings = db.standings(model, 1)
+    assert [one.faded for one in standings] == [True, False, False]
+    assert len(read) == 3 + 4
 
 
 def test_what_a_version_that_was_rolled_back_did_not_answer_says_nothing(life: Life) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbsync.facts import Applied, EditRequest, FactKey
-from kbsync.recheck import AGES, FactCheck, Recheck, Share, Standing, decay, misses
+from kbsync.recheck import FactCheck, Recheck, Standing, misses
 
 NOW = datetime(2026, 7, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -95,16 +95,3 @@ def test_misses_are_counted_by_column_up_to_the_last_answer_of_the_same_request(
     assert misses([check(False, served=later), check(True), check(False)], "r") == 1
     assert misses([check(False, served=later), check(False, request="other")], "r") == 1
     assert misses([check(True), check(False)], "r") == 0
-
-
-def test_what_is_still_answered_is_counted_by_relation_and_age() -> None:
-    ages = [0, 1, 6, 7, 400]
-    checks = [check(age != 6, served=NOW - age * DAY) for age in ages]
-    assert decay(checks) == [
-        Share("constellation", 1, 1, 1),
-        Share("constellation", 7, 2, 1),
-        Share("constellation", 30, 1, 1),
-        Share("constellation", None, 1, 1),
-    ]
-    assert AGES == (1, 7, 30, 90, 365)
-    assert decay([]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,23 +70,22 @@ def _facts(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...], mor
 
 
 def _report(root: Path, as_json: bool) -> None:
-    from kbsync.rechecking import decay_of
-
     with reading(root) as (workspace, db):
         model = required_model(workspace, db)
-        shares, standings = decay_of(db, model.id), db.standings(model.id, model.head)
+        shares, standings = db.decay(model.id), db.standings(model.id, model.head)
     due = [workspace.settings.recheck.due_at(one) for one in standings]
     faded = sum(one.faded for one in standings)
     if as_json:
-        return emit({"decay": shares, "facts": len(standings), "faded": faded, "next": min(due, default=None)})
+        decay = [asdict(share) for share in shares]
+        return emit({"decay": decay, "facts": len(standings), "faded": faded, "next": min(due, default=None)})
     columns = ("relation", "age", "checks", "answered", "share")
     rows = (
         (
-            one["relation"],
-            f"under {one['until']} days" if one["until"] else "older",
-            one["checks"],
-            one["answered"],
-            f"{one['answered'] / one['checks']:.1%}",
+            one.relation,
+            f"under {counted(one.until, 'day')}" if one.until else "older",
+            one.checks,
+            one.answered,
+            f"{one.answered / one.checks:.1%}",
         )
         for one in shares
     )

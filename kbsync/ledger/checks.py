@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import Select, and_, case, func, select
 
 from kbsync.facts import Applied, FactKey
 from kbsync.ledger import schema
 from kbsync.ledger.audit import Auditor
+from kbsync.ledger.columns import Days
 from kbsync.ledger.database import bulk_insert
 from kbsync.ledger.read_versions import VersionReader
-from kbsync.recheck import FactCheck, Standing, misses
+from kbsync.recheck import AGES, FactCheck, Share, Standing, misses
 
 __all__ = ["CheckReader", "CheckWriter"]
 
@@ -30,25 +32,38 @@ class CheckReader(VersionReader):
 
     def standings(self, model: str, head: int) -> list[Standing]:
         """What version `head` holds, by key, with the newest check of each fact. It counts where it was of the same
-        column, in `head` or a version that it was made on: what a rollback has taken out says nothing."""
+        column, in `head` or a version that it was made on: what a rollback has taken out says nothing.
+
+        Reads the newest check of each fact, and all checks of those facts alone whose newest found them not answered.
+        """
         applied, line = self.applied(model, head), self._line(model, head)
         served = self._served(model, applied)
-        checks: dict[FactKey, list[FactCheck]] = {}
-        for check in self.fact_checks(model):
-            checks.setdefault(check.key, []).append(check)
+        newest = {check.key: check for check in self._checks(_newest(model))}
+        missed: dict[FactKey, list[FactCheck]] = {}
+        for check in self._checks(_of_missed(model)):
+            missed.setdefault(check.key, []).append(check)
         found = []
         for key, fact in sorted(applied.items()):
-            since, made = served[fact.delta], checks.get(key, [])
-            last = made[0] if made and _counts(made[0], fact.request.digest, since, line) else None
-            found.append(Standing(fact, since, last, misses(made, fact.request.digest)))
+            since, last = served[fact.delta], newest.get(key)
+            if last and not _counts(last, fact.request.digest, since, line):
+                last = None
+            found.append(Standing(fact, since, last, misses(missed.get(key, ()), fact.request.digest)))
         return found
+
+    def decay(self, model: str) -> list[Share]:
+        """How many facts of a model were still answered, by relation and by age since they were published, over all
+        checks that were made."""
+        days = Days(_check.c.served_at, _check.c.at)
+        until = case(*((days < age, age) for age in AGES)).label("until")
+        answered = func.sum(case((_check.c.answered, 1), else_=0))
+        query = select(_check.c.relation, until, func.count(), answered).where(_check.c.model == model)
+        rows = self._connection.execute(query.group_by(_check.c.relation, until))
+        return sorted((Share(*row) for row in rows), key=lambda share: (share.relation, share.until or math.inf))
 
     def faded(self, model: str, head: int, applied: Mapping[FactKey, Applied] | None = None) -> set[str]:
         """Digests of the requests that version `head` holds and did not answer when it was last asked; `applied`: of
         what a version made on it holds."""
-        newest = select(func.max(_check.c.id)).where(_check.c.model == model)
-        newest = newest.group_by(_check.c.relation, _check.c.subject_id)
-        missed = self._checks(select(_check).where(_check.c.id.in_(newest), _check.c.answered.in_([False])))
+        missed = self._checks(_newest(model, answered=False))
         if not missed:
             return set()
         applied, line = self.applied(model, head) if applied is None else applied, self._line(model, head)
@@ -92,6 +107,20 @@ class CheckReader(VersionReader):
             )
             for row in self._connection.execute(query)
         ]
+
+
+def _newest(model: str, *, answered: bool | None = None) -> Select[Any]:
+    """The newest check of each fact; `answered`: of those alone where it found this."""
+    newest = select(func.max(_check.c.id)).where(_check.c.model == model)
+    query = select(_check).where(_check.c.id.in_(newest.group_by(_check.c.relation, _check.c.subject_id)))
+    return query if answered is None else query.where(_check.c.answered.in_([answered]))
+
+
+def _of_missed(model: str) -> Select[Any]:
+    """All checks of the facts that their newest one found not to be answered, newest first."""
+    missed = _newest(model, answered=False).subquery()
+    same = and_(_check.c.relation == missed.c.relation, _check.c.subject_id == missed.c.subject_id)
+    return select(_check).join(missed, same).where(_check.c.model == model).order_by(_check.c.id.desc())
 
 
 def _counts(check: FactCheck, request: str, served: datetime, line: Collection[int]) -> bool:

@@ -8,12 +8,15 @@ import re
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import Boolean, CheckConstraint, DateTime, Dialect, Index, Integer, MetaData, Text, column
+from sqlalchemy import Boolean, CheckConstraint, DateTime, Dialect, Float, Index, Integer, MetaData, Text, column
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import declared_attr
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 from sqlmodel import Field, SQLModel
 
 __all__ = [
+    "Days",
     "Flag",
     "Json",
     "LedgerTable",
@@ -62,6 +65,25 @@ class UtcTime(TypeDecorator[datetime]):
             return datetime.fromisoformat(value)
         moment: datetime = value
         return moment.astimezone(UTC)
+
+
+class Days(FunctionElement[float]):
+    """Days from one point in time to a later one, to the millisecond."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(Days, "sqlite")
+def _days_in_sqlite(element: Days, compiler: Any, **kwargs: Any) -> str:
+    earlier, later = (compiler.process(clause, **kwargs) for clause in element.clauses)
+    return f"round(julianday({later}) - julianday({earlier}), 8)"
+
+
+@compiles(Days, "postgresql")
+def _days_in_postgresql(element: Days, compiler: Any, **kwargs: Any) -> str:
+    earlier, later = (compiler.process(clause, **kwargs) for clause in element.clauses)
+    return f"(extract(epoch FROM {later} - {earlier}) / 86400)"
 
 
 def canonical(value: object) -> str:
