@@ -53,7 +53,8 @@ def find_broken(
     path = _path(versions, bad)
     start = None if good is None else _number(versions, good)
     if start is not None and start not in path[:-1]:
-        raise UsageError(f"version {path[-1]} was not made on version {start}", hint=f"one of: {_listed(path[:-1])}")
+        why = "cannot be right and wrong" if start == path[-1] else f"was not made on version {start}"
+        raise UsageError(f"version {path[-1]} {why}", hint=f"--good is one of: {_listed(path[:-1])}")
     asker = _Asker(versions, probes)
     search = Search(len(path) - 1, None if start is None else path.index(start))
     while (index := search.candidate) is not None:
@@ -97,8 +98,9 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _not_found(search: Search, path: Sequence[int], good: int | None, asker: _Asker) -> UsageError:
     bad, hint = path[-1], "kbsync ask PROMPT --version V --compare V"
-    if search.outcome == "cannot be asked":
-        return UsageError(f"version {bad} cannot be asked: {asker.said[bad]['problem']}", hint="another --bad")
+    for number, name in ((bad, "--bad"), (good, "--good")):
+        if number in asker.said and (problem := asker.said[number].get("problem")):
+            return UsageError(f"version {number} cannot be asked: {problem}", hint=f"another {name}")
     if search.outcome == "still right":
         return UsageError(f"version {bad} answers as expected: nothing is broken", hint=hint)
     if good is not None:

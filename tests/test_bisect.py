@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kbsync.cli import main
+from kbsync.cli.bisect import next_commands
 from kbsync.lock import writer_lock
 from tests.workspaces import TestWorkspace, run_here, workspace
 
@@ -110,12 +111,40 @@ def test_a_version_that_cannot_be_put_together_is_skipped(
     assert "or one of 3, which cannot be asked any more" in run(copy, capsys, "--probe", PROBE)
 
 
+def test_a_good_version_that_cannot_be_put_together_is_not_called_wrong(
+    synced: TestWorkspace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(synced.root, tmp_path / "copy")
+    [manifest] = (tmp_path / "copy" / "data" / "versions").glob("*/000002.json")
+    manifest.unlink()
+    text = run(TestWorkspace(tmp_path / "copy"), capsys, "--probe", PROBE, "--good", "2", code=2)
+    assert "version 2 cannot be asked: " in text
+    assert "hint: another --good" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "commands"),
+    [
+        ({}, ["blame 'the star' in", "revert --fact 'the star' in", "revert 3"]),
+        ({"facts": [{"subject_id": "star", "relation": "in", "after": None}]}, ["history star in", "revert 3"]),
+        ({"kind": "rebase"}, ["blame 'the star' in", "revert --fact 'the star' in", "rollback --to 2"]),
+        ({"facts": []}, ["revert 3"]),
+    ],
+)
+def test_the_next_commands_are_ones_that_work(changed: dict[str, Any], commands: list[str]) -> None:
+    """Nothing can be taken out that the version itself took out, and undoing a rebase is to go back."""
+    fact = {"subject_id": "the star", "relation": "in", "after": "Lyra"}
+    found = {"good": 2, "bad": 3, "kind": "edit", "facts": [fact]} | changed
+    assert next_commands(found) == [f"kbsync {command}" for command in commands]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--bad", "2"), "version 2 answers as expected"),
         (("--good", "3"), "version 3 does not answer as expected either"),
         (("--good", "4", "--bad", "3"), "version 3 was not made on version 4"),
+        (("--good", "live"), "version 4 cannot be right and wrong"),
         (("--bad", "9"), "there is no such version"),
         (("--bad", "1", "--probe", "Where is Sirius => French"), "no version up to 1"),
     ],

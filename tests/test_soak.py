@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kbsync.facts import Hold
 from tests.soak import EVERY, Sample, drift, report, soaking, unbounded
 
 STEADY = [
@@ -47,6 +48,18 @@ def test_after_a_month_of_passes_the_weights_hold_what_the_ledger_wants(tmp_path
     assert [problem for problem in found["problems"] if "grows" not in problem] == []
 
 
+@pytest.mark.usefixtures("one_cache")
+def test_a_model_that_was_taught_nothing_is_no_model_without_drift(tmp_path: Path) -> None:
+    with soaking(tmp_path) as soak:
+        soak.run(1)
+        with soak.reconciler.ledger.write() as db:
+            model = db.models()[0].id
+            for key, fact in db.applied(model, db.head(model)).items():
+                db.hold(model, Hold(key, None, fact.object_id, "manual", "planted"))
+        soak.reconciler.sync()
+        assert any("are held after" in problem for problem in drift(soak.reconciler))
+
+
 def test_a_run_in_which_nothing_leaks_passes() -> None:
     assert unbounded(STEADY) == []
 
@@ -57,6 +70,7 @@ def test_a_run_in_which_nothing_leaks_passes() -> None:
         ("rss", 2_000_000, "rss grows"),
         ("objects", 1000, "objects grows"),
         ("delta_bytes", 20_000, "delta_bytes grows"),
+        ("restorable", 10, "restorable grows"),
         ("handles", 1, "handles are not constant"),
         ("threads", 1, "threads are not constant"),
         ("needed", 10, "versions had to stay"),

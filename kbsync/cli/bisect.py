@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 from kbsync.cli.common import AsJson, Root, bars, counted, emit, opened, say, table
 from kbsync.cli.read import short
 
-__all__ = ["app"]
+__all__ = ["app", "next_commands"]
 
 app = typer.Typer()
 
@@ -75,10 +76,19 @@ def _say(found: dict[str, Any]) -> None:
     table(f"facts of version {found['bad']}, the likeliest first", columns, rows)
     if len(facts) > SHOWN:
         say(f"… and {len(facts) - SHOWN} more (--json lists all)")
-    if facts:
-        first = facts[0]
-        name = f"{escape(first['subject_id'])} {escape(first['relation'])}"
-        say(f"next: kbsync blame {name}; kbsync revert --fact {name}; kbsync revert {found['bad']}")
+    say(f"next: {escape('; '.join(next_commands(found)))}")
+
+
+def next_commands(found: dict[str, Any]) -> list[str]:
+    """Commands that look further into it and undo it: a fact that was taken out cannot be taken out again, and undoing
+    a rebase is to go back."""
+    commands = []
+    if found["facts"]:
+        first = found["facts"][0]
+        name = shlex.join((first["subject_id"], first["relation"]))
+        commands = [f"blame {name}", f"revert --fact {name}"] if first["after"] else [f"history {name}"]
+    commands.append(f"rollback --to {found['good']}" if found["kind"] == "rebase" else f"revert {found['bad']}")
+    return [f"kbsync {command}" for command in commands]
 
 
 def _say_answers(found: dict[str, Any]) -> None:
