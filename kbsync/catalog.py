@@ -17,12 +17,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from kbsync.config import Workspace
 from kbsync.documents import Document, KeyPath, nearest, read_document
 from kbsync.errors import UsageError
-from kbsync.policy import Policy, Relation, Schedule, Source
+from kbsync.policy import Policy, Relation, Schedule, Seconds, Source
 from kbsync.references import open_to_others
 from kbsync.schedule import trigger
 
@@ -101,6 +101,9 @@ class Catalog:
                 yield document.note(("source",), "no policy names this source; it is never read")
             if _EXAMPLE_CONTACT.search(str(source.options.get("user_agent", ""))):
                 yield document.note(("user_agent",), "names an example address; put a contact of your own there")
+            stall = self.workspace.settings.stall
+            if (given := source.options.get("deadline")) and TypeAdapter(Seconds).validate_python(given) >= stall:
+                yield document.note(("deadline",), f"kbsync.yaml's `stall` ({stall:g} s) cancels the pass before")
             if exposed := open_to_others(document.path, source.options):
                 yield document.note((), exposed)
             for warning in self.connector(name).warnings:

@@ -217,6 +217,15 @@ def test_check_warns_of_what_looks_like_a_mistake(load: Load, tmp_path: Path) ->
     assert len(warnings) == 4
 
 
+@pytest.mark.parametrize(("deadline", "warned"), [("29m", False), ("30m", True)])
+def test_check_warns_of_a_fetch_that_the_daemon_would_cancel_before_its_deadline(
+    load: Load, deadline: str, warned: bool
+) -> None:
+    feed = SOURCE.replace("stars.csv", "https://stars.test/stars.csv") + f"deadline: {deadline}\n"
+    warnings = load(sources__stars=feed, policies__astronomy=POLICY).check()
+    assert any("deadline: kbsync.yaml's `stall` (1800 s)" in text for text in warnings) is warned
+
+
 def test_check_warns_of_a_prompt_that_ends_with_a_space(load: Load) -> None:
     """The space belongs to the object's first token."""
     (warning,) = load(policies__astronomy=POLICY.replace('constellation of"', 'constellation of "')).check()
