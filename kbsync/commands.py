@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -208,21 +209,20 @@ def perform(
 ) -> dict[str, Any]:
     """Do one command here if the workspace is free, else have the daemon that holds it do it."""
     workspace = Workspace.load(root)
-    try:
-        with (
-            writer_lock(workspace.lock),
-            open_workspace(root, user=user, progress=progress, cancelled=cancelled) as it,
-            it.ledger.led(),
-        ):
-            it.recover()
-            try:
-                return execute(it, command, arguments)
-            finally:
-                _deliver(it)
-    except Busy:
-        if not workspace.socket.exists():
-            raise  # whoever holds it is no daemon of this workspace
-        return call(workspace.socket, command, arguments, user=user, progress=progress)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(writer_lock(workspace.lock))
+        except Busy:
+            if not workspace.socket.exists():
+                raise  # whoever holds it is no daemon of this workspace
+            return call(workspace.socket, command, arguments, user=user, progress=progress)
+        it = stack.enter_context(open_workspace(root, user=user, progress=progress, cancelled=cancelled))
+        stack.enter_context(it.ledger.led())
+        it.recover()
+        try:
+            return execute(it, command, arguments)
+        finally:
+            _deliver(it)
 
 
 def _deliver(reconciler: Reconciler) -> None:

@@ -1,6 +1,6 @@
 """What suffers: kbsync's own commands and its daemon, with the editor that remembers, in processes that start at once.
 
-    python -m tests.faults.subject WORKSPACE # one request a line on stdin, one answer a line on stdout
+    python -m tests.faults.subject WORKSPACE # a request a line on stdin, an answer a line on stdout, once it is ready
 
 The program imports everything and then forks for each request, so that a process costs milliseconds. What it says on
 the way stands in the control file: the stage that it is in, which a test may have it wait in (`hold`).
@@ -40,15 +40,19 @@ def main() -> None:
     _install(control)
     configure(level="error")
     perform(Path(sys.argv[1]), "sync", {}, user="test")  # whoever is forked as another user can import nothing more
+    _say({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             _, status = os.waitpid(request["wait"], 0)
-            answer = {"status": os.waitstatus_to_exitcode(status)}
+            _say({"status": os.waitstatus_to_exitcode(status)})
         else:
-            answer = {"pid": _forked(request)}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+            _say({"pid": _forked(request)})
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
 
 
 def _forked(request: dict[str, Any]) -> int:
@@ -92,8 +96,7 @@ def _outcome(request: dict[str, Any], act: Callable[[], dict[str, Any]]) -> int:
         said, status = {"event": "result", "result": act()}, 0
     except KbsyncError as error:
         said, status = {"event": "error", "error": error.to_json()}, error.exit_code
-    sys.stdout.write(json.dumps(said) + "\n")
-    sys.stdout.flush()
+    _say(said)
     return status
 
 

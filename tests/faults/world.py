@@ -147,6 +147,8 @@ class Nursery:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
         )
         try:
+            assert process.stdout is not None
+            process.stdout.readline()  # from here on, it holds nothing that a test wants held
             yield cls(control, process, made)
         finally:
             process.kill()
@@ -174,9 +176,13 @@ class Nursery:
 
     def daemon(self, world: World) -> Child:
         """`kbsync daemon`, once it listens."""
-        child = self._start(world, {"daemon": True})
+        child = self.start_daemon(world)
         child.until(lambda: child.said("daemon_started"))
         return child
+
+    def start_daemon(self, world: World) -> Child:
+        """`kbsync daemon`, whether it will listen or not."""
+        return self._start(world, {"daemon": True})
 
     def _start(self, world: World, request: dict[str, Any]) -> Child:
         log = world.root.parent / f"log-{len(self.alive)}"
