@@ -17,11 +17,11 @@ from datetime import datetime
 from typing import Any, Literal
 
 from kbsync.errors import UsageError
-from kbsync.ledger import HeadMove, PromotionKind, PromotionRow
-from kbsync.ledger.aliases import HEAD, LIVE
+from kbsync.ledger import HeadMove, PromotionKind, PromotionRow, Reader
+from kbsync.ledger.aliases import HEAD, LIVE, standing
 from kbsync.line import Line
 
-__all__ = ["AliasMove", "demote", "history", "promote", "standing"]
+__all__ = ["AliasMove", "demote", "history", "promote"]
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,62}")
 
@@ -37,20 +37,6 @@ class AliasMove:
     how: PromotionKind | Literal["follows HEAD"]
     user: str
     reason: str
-
-
-def standing(log: Sequence[PromotionRow]) -> list[PromotionRow]:
-    """The promotions of one alias that hold, oldest first: a demotion took the last one back, an end all of them. The
-    last one is what the alias names; where there is none it names nothing, `live` what HEAD does."""
-    found: list[PromotionRow] = []
-    for row in log:
-        if row.kind == "promote":
-            found.append(row)
-        elif row.kind == "demote":
-            found.pop()
-        else:
-            found.clear()
-    return found
 
 
 def history(alias: str, log: Sequence[PromotionRow], heads: Sequence[HeadMove] = ()) -> list[AliasMove]:
@@ -94,7 +80,8 @@ def promote(line: Line, version: int | str, alias: str = LIVE, reason: str = "")
     with line.ledger.read() as db:
         number = db.number_of(line.model, version)
         db.require_restorable(line.model, number)
-        line.store.require(number, db.version(line.model, number).manifest_sha256)
+        manifest = db.version(line.model, number).manifest_sha256
+    line.store.require(number, manifest)
     with line.ledger.write() as db:
         db.require_restorable(line.model, number)  # once more: retention may have come first
         before, moved = db.aliases(line.model), db.pinned(line.model).get(alias) != number
@@ -122,17 +109,30 @@ def demote(line: Line, alias: str, reason: str = "", *, end: bool = False) -> di
         log = db.promotions(line.model, alias)
         version = _left(log, alias, end=end)
         if version is not None:
-            db.require_restorable(line.model, version)
-            line.store.require(version, db.version(line.model, version).manifest_sha256)
+            _require_restorable(db, line.model, version, alias)
+            manifest = db.version(line.model, version).manifest_sha256
+    if version is not None:
+        line.store.require(version, manifest)
     with line.ledger.write() as db:
         if db.promotions(line.model, alias) != log:
             raise UsageError(f"{alias!r} was moved by somebody else meanwhile", hint="kbsync aliases --history")
+        if version is not None:
+            _require_restorable(db, line.model, version, alias)  # once more: retention may have come first
         before = db.aliases(line.model)
         db.note_promotion(line.model, alias, "end" if end else "demote", version, user=line.user, reason=reason)
         after = db.aliases(line.model)
     line.point()
     line.announce(before)
     return {"alias": alias, "from": before[alias], "version": after.get(alias), "pinned": version is not None}
+
+
+def _require_restorable(db: Reader, model: str, version: int, alias: str) -> None:
+    """What `db.require_restorable` does, with the ways out of a promotion."""
+    try:
+        db.require_restorable(model, version)
+    except UsageError as error:
+        error.hint = f"kbsync promote V --as {alias} names another version; kbsync demote {alias} --end, none"
+        raise
 
 
 def _left(log: Sequence[PromotionRow], alias: str, *, end: bool) -> int | None:

@@ -1,6 +1,6 @@
 """The disk under a workspace: what kbsync's files take, how fast they grow, how long that lasts. Torch-free.
 
-    disk = read_disk(workspace, db, now)
+    disk = read_disk(workspace, ledger, now)
     disk.days_left                    # 210.4; None: it does not grow
     disk.warnings()
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from kbsync.config import Workspace
 from kbsync.garbage import superfluous
-from kbsync.ledger import Reader
+from kbsync.ledger import Ledger
 from kbsync.ledger.database import database_file, parsed
 from kbsync.versions.store import VersionStore
 
@@ -61,36 +61,33 @@ class Disk:
         return asdict(self) | {"days_left": self.days_left}
 
 
-def read_disk(workspace: Workspace, db: Reader, now: datetime) -> Disk:
+def read_disk(workspace: Workspace, ledger: Ledger, now: datetime) -> Disk:
     """Measure the workspace's files and the disk that its data lie on."""
+    with ledger.read() as db:
+        begun = db.begun_at() or now
+        since = max(now - WINDOW, begun)
+        freed, share = db.freed(since), db.share_since(since)
+        models = db.models()
+        active = {model.id: db.active(model.id, model.head) for model in models}
+        going = {model.id: superfluous(db, workspace.settings.retention, model.id, now) for model in models}
+    stores = {model.id: VersionStore(workspace.data, model.id) for model in models}
     folders = {"deltas": workspace.deltas, "targets": workspace.targets, "manifests": workspace.versions}
     files = {kind: _files(folder) for kind, folder in folders.items()}
     sizes = {kind: sum(size for size, _ in found) for kind, found in files.items()}
     sizes[LEDGER] = _ledger_size(workspace)
-    begun = db.begun_at() or now
-    since = max(now - WINDOW, begun)
     days = max((now - since) / timedelta(days=1), 1.0)
     added = {kind: sum(size for size, at in found if at >= since.timestamp()) for kind, found in files.items()}
-    added["deltas"] -= db.freed(since)
-    added[LEDGER] = round(sizes[LEDGER] * db.share_since(since))
-    head = [(model.id, model.head) for model in db.models()]
-    live = [VersionStore(workspace.data, model).fact_size(db.active(model, number)) for model, number in head]
+    added["deltas"] -= freed
+    added[LEDGER] = round(sizes[LEDGER] * share)
+    live = [store.fact_size(active[model]) for model, store in stores.items()]
+    unneeded = [store.delta_path(delta) for model, store in stores.items() for delta in going[model]]
     return Disk(
         sizes=sizes,
         growth={kind: round(size / days, 1) for kind, size in added.items()},
         free=shutil.disk_usage(workspace.data if workspace.data.exists() else workspace.root).free,
-        reclaimable=_reclaimable(workspace, db, now),
+        reclaimable=sum(path.stat().st_size for path in unneeded if path.exists()),
         fact=max((size for size in live if size is not None), default=None),
     )
-
-
-def _reclaimable(workspace: Workspace, db: Reader, now: datetime) -> int:
-    found = 0
-    for model in db.models():
-        store = VersionStore(workspace.data, model.id)
-        gone = superfluous(db, workspace.settings.retention, model.id, now)
-        found += sum(path.stat().st_size for path in map(store.delta_path, gone) if path.exists())
-    return found
 
 
 def _files(folder: Path) -> list[tuple[int, float]]:

@@ -78,8 +78,12 @@ def collect(
 
 def superfluous(db: Reader, retention: Retention, model: str, now: datetime) -> set[str]:
     """The deltas and corrections of a model that only restorable versions need which retention does not keep."""
-    files, restorable = db.files(model), db.restorable(model)
-    kept = restorable & retention.keeps(db.made_at(model), {db.head(model), *db.aliases(model).values()}, now)
+    restorable = db.restorable(model)
+    pinned = {db.head(model), *db.aliases(model).values(), *db.behind(model).values()}
+    kept = restorable & retention.keeps(db.made_at(model), pinned, now)
+    if restorable <= kept:
+        return set()
+    files = db.files(model)
     needed = {delta for number in kept for delta in files[number]}
     return {delta for number in restorable - kept for delta in files[number]} - needed
 

@@ -102,8 +102,7 @@ class Line:
 
     def odometer(self) -> Odometer:
         """How far HEAD is from the last rebase."""
-        with self.ledger.read() as db:
-            return read_odometer(db, self.store, self.model, settings=self.settings_digest)
+        return read_odometer(self.ledger, self.store, self.model, settings=self.settings_digest)
 
     def rebase_due(self, leaving: Collection[FactKey]) -> str | None:
         """Why the version that takes these keys' facts out of HEAD is to be a rebase; None: it is incremental."""
@@ -200,7 +199,9 @@ class Line:
     def _same(self, db: Reader, keep: Mapping[FactKey, Applied]) -> tuple[ActiveDelta, ...] | None:
         """The active deltas of an earlier version that holds just the columns `keep`: its very weights come back."""
         wanted = {(fact.delta, fact.column) for fact in keep.values()}
-        for number in sorted(db.restorable(self.model), reverse=True):
+        deltas, files = {delta for delta, _ in wanted}, db.files(self.model)
+        likely = [number for number in db.restorable(self.model) if deltas <= files[number]]
+        for number in sorted(likely, reverse=True):
             held = db.applied(self.model, number).values()
             if {(fact.delta, fact.column) for fact in held} == wanted:
                 return tuple(db.active(self.model, number))

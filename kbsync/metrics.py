@@ -115,10 +115,9 @@ DECLARED: Sequence[Declared] = (
 
 
 def measure(workspace: Workspace, catalog: Catalog, ledger: Ledger) -> list[Sample]:
-    """Everything that is known now, in one reading. Raises LedgerError or Busy where the ledger cannot be read."""
+    """Everything that is known now. Raises LedgerError or Busy where the ledger cannot be read."""
     start = time.perf_counter()
-    with ledger.read() as db:
-        found = list(samples(workspace, catalog, db, datetime.now(UTC)))
+    found = list(samples(workspace, catalog, ledger, datetime.now(UTC)))
     return [*found, ("exposition_seconds", (), time.perf_counter() - start)]
 
 

@@ -1,29 +1,34 @@
 """The odometer of a model's line: how many versions since the last rebase, and what they measured. Torch-free.
 
-with ledger.read() as db:
-    odometer = read_odometer(db, store, model)
+odometer = read_odometer(ledger, store, model)
 """
 
 from __future__ import annotations
 
 from kbsync.errors import StoreError
-from kbsync.ledger import Reader, VersionRow
+from kbsync.ledger import Ledger, Reader, VersionRow
 from kbsync.strategy import Capacity, Odometer
 from kbsync.versions.store import VersionStore
 
 __all__ = ["read_odometer"]
 
 
-def read_odometer(db: Reader, store: VersionStore, model: str, *, settings: str | None = None) -> Odometer:
+def read_odometer(ledger: Ledger, store: VersionStore, model: str, *, settings: str | None = None) -> Odometer:
     """From HEAD back, parent by parent, to the last rebase or the base. `settings`: the digest with which rebases that
     were rejected are remembered (None: `refused` is not asked for)."""
-    path = [db.version(model, db.head(model))]
-    while path[-1].kind not in ("base", "rebase") and (parent := path[-1].parent) is not None:
-        path.append(db.version(model, parent))
-    rejected = db.rejected_rebases(model, settings) if settings is not None else ()
+    with ledger.read() as db:
+        path = _since_rebase(db, model)
+        rejected = db.rejected_rebases(model, settings) if settings is not None else ()
     refused = next((since for since, row in enumerate(path) if row.number in rejected), None)
     live, anchor = path[0], path[-1]
     return Odometer(anchor.number, len(path) - 1, _capacity(store, live), _capacity(store, anchor), refused)
+
+
+def _since_rebase(db: Reader, model: str) -> list[VersionRow]:
+    path = [db.version(model, db.head(model))]
+    while path[-1].kind not in ("base", "rebase") and (parent := path[-1].parent) is not None:
+        path.append(db.version(model, parent))
+    return path
 
 
 def _capacity(store: VersionStore, row: VersionRow) -> Capacity | None:

@@ -20,7 +20,7 @@ __all__ = ["Retention"]
 
 class Retention(BaseModel):
     """`retention:` of kbsync.yaml: a version stays restorable while it is one of the newest or not that old. HEAD, the
-    pristine base and versions with an alias always do."""
+    pristine base, versions with an alias and those that one demotion would give it always do."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,8 +30,8 @@ class Retention(BaseModel):
     """Younger than this."""
 
     def keeps(self, made: Mapping[int, datetime], pinned: Collection[int], now: datetime) -> set[int]:
-        """Which versions (number -> when it was made) have to stay restorable; `pinned`: HEAD and those with an alias,
-        whatever their age."""
+        """Which versions (number -> when it was made) have to stay restorable; `pinned`: those that do
+        whatever their age, but for the base."""
         newest = sorted(made)[-self.versions :]
         young = [number for number, at in made.items() if now - at < timedelta(days=self.days)]
         return made.keys() & {0, *newest, *young, *pinned}

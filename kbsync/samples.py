@@ -19,7 +19,7 @@ from kbsync.catalog import Catalog
 from kbsync.config import Workspace
 from kbsync.errors import StoreError
 from kbsync.freshness import freshness_rows
-from kbsync.ledger import ModelRow, Reader
+from kbsync.ledger import Ledger, ModelRow, Reader, VersionRow
 from kbsync.lock import held_by
 from kbsync.odometer import read_odometer
 from kbsync.strategy import facts_left
@@ -35,18 +35,29 @@ ANSWERED = ("200", "304")
 UNFINISHED = ("running", "held")
 
 
-def samples(workspace: Workspace, catalog: Catalog, db: Reader, now: datetime) -> Iterator[Sample]:
-    """Everything that `kbsync.metrics.DECLARED` has, as far as it is known."""
+def samples(workspace: Workspace, catalog: Catalog, ledger: Ledger, now: datetime) -> Iterator[Sample]:
+    """Everything that `kbsync.metrics.DECLARED` has, as far as it is known. Raises LedgerError or Busy where the ledger
+    cannot be read."""
+    with ledger.read() as db:
+        found = list(_in_ledger(workspace, catalog, db, now))
+        model = db.model_named(workspace.settings.model)
+        head = db.version(model.id, model.head) if model else None
+    yield from found
+    if head is not None:  # files are read once the ledger is not
+        yield from _some("edit_gpu_memory_peak_bytes", (head.model,), _numerics(workspace, head).get("gpu_peak_bytes"))
+        yield from _capacity(workspace, ledger, head.model)
+    yield from _disk(workspace.data)
+
+
+def _in_ledger(workspace: Workspace, catalog: Catalog, db: Reader, now: datetime) -> Iterator[Sample]:
     yield from _daemon(workspace, db)
     yield from _runs(db)
     yield from _sources(db)
     yield from _facts(db)
     yield from _freshness(catalog, db, now)
     if model := db.model_named(workspace.settings.model):
-        yield from _model(workspace, db, model)
+        yield from _model(db, model)
         yield from _gate(catalog, db, model)
-        yield from _capacity(workspace, db, model)
-    yield from _disk(workspace.data)
 
 
 def _daemon(workspace: Workspace, db: Reader) -> Iterator[Sample]:
@@ -120,7 +131,7 @@ def _freshness(catalog: Catalog, db: Reader, now: datetime) -> Iterator[Sample]:
             yield "waiting_changes_oldest_timestamp_seconds", labels, row.oldest.since.timestamp()
 
 
-def _model(workspace: Workspace, db: Reader, model: ModelRow) -> Iterator[Sample]:
+def _model(db: Reader, model: ModelRow) -> Iterator[Sample]:
     of = (model.id,)
     yield "head_version", of, model.head
     yield "head_timestamp_seconds", of, db.head_moves(model.id, limit=1)[0].at.timestamp()
@@ -137,7 +148,6 @@ def _model(workspace: Workspace, db: Reader, model: ModelRow) -> Iterator[Sample
     for name in ("efficacy", "paraphrase", "specificity_drop"):
         yield from _some(f"probe_{name}_ratio", of, report.get(name))
     yield from _some("probe_drift_nats", of, report.get("drift"))
-    yield from _some("edit_gpu_memory_peak_bytes", of, _numerics(workspace, db, model).get("gpu_peak_bytes"))
 
 
 def _gate(catalog: Catalog, db: Reader, model: ModelRow) -> Iterator[Sample]:
@@ -146,20 +156,19 @@ def _gate(catalog: Catalog, db: Reader, model: ModelRow) -> Iterator[Sample]:
     yield from _counted("gate_results_total", never | db.gate_counts(model.id), (model.id,))
 
 
-def _numerics(workspace: Workspace, db: Reader, model: ModelRow) -> Mapping[str, Any]:
-    """What the live version measured of itself; nothing where its manifest cannot be read (`verify` says so)."""
-    row = db.version(model.id, model.head)
+def _numerics(workspace: Workspace, row: VersionRow) -> Mapping[str, Any]:
+    """What a version measured of itself; nothing where its manifest cannot be read (`verify` says so)."""
     if row.manifest_sha256 is None:
         return {}
     try:
-        return VersionStore(workspace.data, model.id).manifest(row.number, row.manifest_sha256).numerics
+        return VersionStore(workspace.data, row.model).manifest(row.number, row.manifest_sha256).numerics
     except StoreError:
         return {}
 
 
-def _capacity(workspace: Workspace, db: Reader, model: ModelRow) -> Iterator[Sample]:
-    of, strategy = (model.id,), workspace.settings.strategy
-    odometer = read_odometer(db, VersionStore(workspace.data, model.id), model.id)
+def _capacity(workspace: Workspace, ledger: Ledger, model: str) -> Iterator[Sample]:
+    of, strategy = (model,), workspace.settings.strategy
+    odometer = read_odometer(ledger, VersionStore(workspace.data, model), model)
     yield "capacity_norm_limit_ratio", of, strategy.max_relative_norm
     yield "capacity_retention_limit_ratio", of, strategy.min_retention
     yield "versions_since_rebase", of, odometer.since

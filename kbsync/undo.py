@@ -94,8 +94,10 @@ def rollback(line: Line, version: int | str, reason: str = "") -> dict[str, Any]
     with line.ledger.read() as db:
         to = db.number_of(line.model, version)
         db.require_restorable(line.model, to)
-        line.store.require(to, db.version(line.model, to).manifest_sha256)
+        manifest = db.version(line.model, to).manifest_sha256
+    line.store.require(to, manifest)
     with line.ledger.write() as db:
+        db.require_restorable(line.model, to)  # once more: retention may have come first
         before = db.aliases(line.model)
         head, row = db.head(line.model), db.version(line.model, to)
         holds, releases = holds_after(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import ledgers, postgres
+from tests import ledgers, postgres, reading
 
 if TYPE_CHECKING:
     from kbsync.editor.model import Base
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 for _name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(_name, None)
 importlib.import_module("kbsync.cli.common")
+reading.enforce()
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

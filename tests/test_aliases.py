@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,13 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbsync.aliases import demote, history, promote, standing
+from kbsync.aliases import demote, history, promote
+from kbsync.config import Settings, Workspace
 from kbsync.errors import StoreError, UsageError
-from kbsync.garbage import retire
+from kbsync.garbage import collect, retire
 from kbsync.ledger import HeadMove, PromotionRow
+from kbsync.ledger.aliases import standing
+from kbsync.line import Line
 from kbsync.reconcile import Reconciler
+from kbsync.retention import Retention
 from kbsync.serving import Versions, verify_workspace
 from kbsync.undo import rollback
+from kbsync.versions.store import VersionStore
 from tests.ledgers import MODEL, NOON
 from tests.standin import StandIn
 from tests.tiny import save, tiny_gpt2
@@ -203,6 +208,68 @@ def test_a_version_whose_files_are_damaged_is_not_promoted_and_not_gone_back_to(
     assert demote(line, "live", end=True)["version"] == 3  # what HEAD is was decided elsewhere
     with three.ledger.read() as db:
         assert db.aliases(line.model) == {"live": 3}
+
+
+@pytest.mark.parametrize(
+    "act", [lambda line: promote(line, 1), lambda line: demote(line, "live"), lambda line: rollback(line, 1)]
+)
+def test_a_pass_can_publish_while_the_files_of_a_version_are_hashed(
+    three: Reconciler, act: Callable[[Line], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = three.line()
+    for number in (2, 3):
+        promote(line, number)
+    hashed = []
+
+    def require(_store: VersionStore, number: int, _sha256: str | None) -> None:
+        with three.ledger.write() as db:
+            db.audit("a pass", "publish", {})
+        hashed.append(number)
+
+    monkeypatch.setattr(VersionStore, "require", require)
+    act(line)
+    assert len(hashed) == 1
+
+
+def test_a_version_that_retention_gives_up_while_it_is_hashed_is_not_gone_back_to(
+    three: Reconciler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = three.line()
+    for number in (1, 2):
+        promote(line, number)
+
+    def require(_store: VersionStore, number: int, _sha256: str | None) -> None:
+        with three.ledger.write() as db:
+            db.drop_deltas(line.model, {db.active(line.model, number)[0].delta: 0}, user="me", reason="retention")
+
+    monkeypatch.setattr(VersionStore, "require", require)
+    for act in (lambda: demote(line, "live"), lambda: rollback(line, 1), lambda: promote(line, 1)):
+        with pytest.raises(UsageError, match="version 1 is not restorable"):
+            act()
+    with three.ledger.read() as db:
+        assert (db.aliases(line.model), db.head(line.model)) == ({"live": 2}, 3)
+
+
+def test_one_demotion_is_possible_whatever_retention_took_and_where_none_is_the_hint_says_what_is(
+    made: TestWorkspace,
+) -> None:
+    with made.open() as reconciler:
+        reconciler.run_edit = StandIn()
+        for home in ("Orion", "Lyra", "Paris", "Rome", "Italy"):
+            made.feed({"Vega": home})
+            assert reconciler.sync()[0].versions
+        line = reconciler.line()
+        for number in (1, 2, 3):
+            promote(line, number)
+        keep_one = Settings(model="model", retention=Retention(versions=1, days=0))
+        collect(Workspace(made.root, keep_one), reconciler.ledger, timedelta(hours=1), user="me")
+        with reconciler.ledger.read() as db:
+            assert {2, 3, 5} <= db.restorable(line.model)
+            assert 1 not in db.restorable(line.model)
+        assert demote(line, "live")["version"] == 2
+        with pytest.raises(UsageError, match="version 1 is not restorable") as caught:
+            demote(line, "live")
+        assert caught.value.hint == "kbsync promote V --as live names another version; kbsync demote live --end, none"
 
 
 def test_files_of_aliases_that_a_crash_left_behind_are_put_right_at_the_next_start(three: Reconciler) -> None:

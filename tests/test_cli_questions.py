@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine, event
 
 from kbsync.facts import Conflict
 from kbsync.versions.manifest import ActiveDelta
@@ -107,6 +108,23 @@ def test_a_reader_that_has_enough_ends_a_long_answer_quietly(asked: tuple[str, .
     assert running.returncode == 141
 
 
+def test_who_reads_an_export_slowly_keeps_no_writer_waiting(tmp_path: Path) -> None:
+    """More than a pipe takes: the command waits for its reader, and no longer reads the ledger."""
+    (tmp_path / "kbsync.yaml").write_text("model: smollm2-135m\n")
+    (tmp_path / "data").mkdir()
+    names = {f"S{number:04}": "Lyra" for number in range(3000)}
+    with opened(tmp_path / "data") as ledger:
+        sync(ledger, snapshot(*(claim(name, place) for name, place in names.items())))
+        decide(ledger, facts(**names))
+        command = [sys.executable, "-m", "kbsync", "facts", "--json", "--workspace", str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+            assert running.stdout
+            first = running.stdout.read(1)
+            with ledger.write() as db:
+                db.audit("a pass", "publish", {})
+            assert len(json.loads(first + running.stdout.read())) == 3000
+
+
 def test_a_change_names_the_version_that_it_led_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A fact that came back is held by an earlier version, too, which is not the one that brought it back; what no
     version holds yet has none."""
@@ -131,6 +149,44 @@ def test_a_change_names_the_version_that_it_led_to(tmp_path: Path, capsys: pytes
         ("Orion", 3),
         ("Rome", None),
     ]
+
+
+def test_a_long_log_is_a_page_that_takes_as_many_questions_as_a_short_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """50 versions unless asked for more; the facts of all of them are counted at once."""
+    (tmp_path / "kbsync.yaml").write_text("model: tiny\n")
+    (tmp_path / "data").mkdir()
+    line, asked = Line(tmp_path, capsys), []
+
+    def count(_connection: object, _cursor: object, statement: str, *_rest: object) -> None:
+        asked.append(statement)
+
+    def questions(*arguments: str) -> int:
+        asked.clear()
+        event.listen(Engine, "before_cursor_execute", count)
+        try:
+            line.run(*arguments)
+        finally:
+            event.remove(Engine, "before_cursor_execute", count)
+        return len(asked)
+
+    with opened(tmp_path / "data") as ledger:
+        register(ledger)
+        for number in range(1, 61):
+            if number == 4:
+                short = questions("log")
+            name = f"{number:064x}"
+            with ledger.write() as db:
+                put = applied(f"S{number}", "Lyra", name, 0)
+                db.publish(version(number, number - 1, put, active=[ActiveDelta(delta=name)]))
+    assert questions("log") == short
+    said = line.run("log")
+    assert "61 versions, the newest 50" in said
+    assert len(line.json("log")) == 50
+    assert [row["number"] for row in line.json("log", "--limit", "2")] == [60, 59]
+    assert len(line.json("log", "--all")) == 61
+    assert "the newest" not in line.run("log", "--all")
 
 
 def test_a_conflict_has_each_claim_once(line: Line) -> None:

@@ -47,15 +47,14 @@ def test_growth_is_what_came_in_the_last_thirty_days_less_what_was_given_up_of_b
             age = 40 if path in old else 1
             os.utime(path, ((now - age * DAY).timestamp(),) * 2)
         new = sum(path.stat().st_size for path in made.workspace.deltas.iterdir()) - sum(old.values())
-        with made.ledger.read() as db:
-            found = read_disk(made.workspace, db, now)
+        found = read_disk(made.workspace, made.ledger, now)
         assert found.sizes["deltas"] == new + sum(old.values())
         assert found.growth["deltas"] == round(new / 30, 1)
         assert found.fact == round(new / 2)
         assert (4 + 2 * 9) * 4 <= found.fact <= (4 + 2 * 9) * 4 + 200
         assert (found.reclaimable, made.collect(versions=1, days=0)["bytes"]) == (0, sum(old.values()))
+        after = read_disk(made.workspace, made.ledger, now)
         with made.ledger.read() as db:
-            after = read_disk(made.workspace, db, now)
             assert len(db.dropped(MODEL)) == 1
         assert after.growth["deltas"] == round((new - sum(old.values())) / 30, 1)
 

@@ -204,6 +204,9 @@ def test_applied_leaves_out_excluded_columns_and_the_later_delta_wins(tmp_path: 
             assert db.applied(MODEL, 2) == {key("Vega"): new, key("Deneb"): deneb}
             assert db.applied(MODEL, 3) == {key("Vega"): new}
             assert db.applied(MODEL, 4) == {key("Vega"): old}
+            held = {number: len(db.applied(MODEL, number)) for number in range(5)}
+            assert db.holding(MODEL, range(5)) == held == {0: 0, 1: 2, 2: 2, 3: 1, 4: 1}
+            assert [row.number for row in db.versions(MODEL, newest=2)] == [3, 4]
             assert db.active(MODEL, 3) == [without, second]
             assert db.live_deltas([MODEL]) == {FIRST, SECOND, "3" * 64}
             assert db.live_deltas([]) == set()
@@ -219,6 +222,7 @@ def test_keys_with_one_request_share_a_column(tmp_path: Path) -> None:
             db.publish(version(1, 0, vega, twin, active=[ActiveDelta(delta=FIRST)]))
         with ledger.read() as db:
             assert db.applied(MODEL, 1) == {key("Vega"): vega, key("Vega again"): twin}
+            assert db.holding(MODEL, [1]) == {1: 2}
 
 
 def test_the_same_delta_may_be_published_again(tmp_path: Path) -> None:

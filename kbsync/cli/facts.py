@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
@@ -65,13 +67,17 @@ def facts(
     prefixes = _prefixes(iri or ())
     if limit is None and form is None:
         limit = PAGE
-    with reading(root) as (_, db):
-        found = db.select_facts(wanted, limit or None) if valid_at is None else db.claims_valid_at(wanted, valid_at)
-        with closing(found):
-            if form is not None:
-                return _export(islice(found, limit or None), form, parquet or out, prefixes)
-            shown = list(islice(found, limit or None))
-            rest = sum(1 for _ in found) if valid_at is not None else db.count_facts(wanted) - len(shown)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as text:
+        with reading(root) as (_, db):
+            found = db.select_facts(wanted, limit or None) if valid_at is None else db.claims_valid_at(wanted, valid_at)
+            with closing(found):
+                if form is not None:
+                    _export(islice(found, limit or None), form, parquet or out or text, prefixes)
+                else:
+                    shown = list(islice(found, limit or None))
+                    rest = sum(1 for _ in found) if valid_at is not None else db.count_facts(wanted) - len(shown)
+        if form is not None:
+            return _print(text)
     return _say_facts(shown, len(shown) + rest, valid=valid_at is not None)
 
 
@@ -97,8 +103,8 @@ def _prefixes(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _export(rows: Iterator[FactRow], form: str, out: Path | None, prefixes: Mapping[str, str]) -> None:
-    """Write the rows to stdout, or to a file that is there whole or not at all."""
+def _export(rows: Iterator[FactRow], form: str, out: Path | TextIO, prefixes: Mapping[str, str]) -> None:
+    """Write the rows to a file that is there whole or not at all, or to an open one."""
     from kbsync import exports
     from kbsync.versions.files import write_durably
 
@@ -116,11 +122,17 @@ def _export(rows: Iterator[FactRow], form: str, out: Path | None, prefixes: Mapp
         with path.open("w", encoding="utf-8", newline="") as file:
             return write(file)
 
-    if out is None:
-        with printing() as stdout:
-            return write(stdout)
-    write_durably(out, fill)
-    return None
+    if isinstance(out, Path):
+        write_durably(out, fill)
+    else:
+        write(out)
+
+
+def _print(text: TextIO) -> None:
+    """What was exported, once the ledger is no longer read: who takes it slowly keeps no writer waiting."""
+    text.seek(0)
+    with printing() as stdout:
+        shutil.copyfileobj(text, stdout)
 
 
 def _say_facts(rows: list[FactRow], total: int, *, valid: bool) -> None:

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
-from kbsync.cli.common import AsJson, Root, counted, emit, say, share, table
+from kbsync.cli.common import AsJson, Root, counted, emit, opened, say, share, table
 from kbsync.cli.freshness import freshness_json, say_freshness
-from kbsync.cli.read import iso, model_row, reading
+from kbsync.cli.read import iso, model_row
 
 if TYPE_CHECKING:
+    from kbsync.catalog import Catalog
     from kbsync.config import Workspace
-    from kbsync.ledger import ModelRow, Reader
+    from kbsync.disk import Disk
+    from kbsync.ledger import Ledger, ModelRow, Reader
 
 __all__ = ["app"]
 
@@ -27,8 +29,8 @@ app = typer.Typer()
 @app.command()
 def status(root: Root = Path(), as_json: AsJson = False) -> None:
     """Show HEAD and what is live, what waits, and how sources and policies are doing."""
-    with reading(root) as (workspace, db):
-        found = _status(workspace, db)
+    with opened(root) as (workspace, ledger):
+        found = _status(workspace, ledger)
     if as_json:
         return emit(found)
     applied, unusable = counted(found["facts_applied"], "fact"), counted(found["quarantined"], "quarantined row")
@@ -57,13 +59,20 @@ def status(root: Root = Path(), as_json: AsJson = False) -> None:
     return None
 
 
-def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
+def _status(workspace: Workspace, ledger: Ledger) -> dict[str, Any]:
     from kbsync.catalog import load_catalog
     from kbsync.disk import read_disk
+
+    catalog, disk = load_catalog(workspace), read_disk(workspace, ledger, datetime.now(UTC))
+    with ledger.read() as db:
+        model, found = model_row(workspace, db), _in_ledger(workspace, catalog, disk, db)
+    return found | {"capacity": _capacity(workspace, ledger, model)}
+
+
+def _in_ledger(workspace: Workspace, catalog: Catalog, disk: Disk, db: Reader) -> dict[str, Any]:
     from kbsync.lock import held_by
 
-    catalog, model = load_catalog(workspace), model_row(workspace, db)
-    disk = read_disk(workspace, db, datetime.now(UTC))
+    model = model_row(workspace, db)
     states = [db.source_state(name) for name in catalog.sources]
     return {
         "workspace": str(workspace.root),
@@ -77,7 +86,6 @@ def _status(workspace: Workspace, db: Reader) -> dict[str, Any]:
         "quarantined": len(db.quarantined()),
         "holds": len(db.holds(model.id)) if model else 0,
         "held_runs": [plan.run_id for plan in db.staged_plans()],
-        "capacity": _capacity(workspace, db, model),
         "disk": disk.to_json(),
         "writer": held_by(workspace.lock),
         "server": _server(workspace, db),
@@ -96,7 +104,7 @@ def _server(workspace: Workspace, db: Reader) -> str | None:
     return beat.detail.get("address") if beat and held_by(workspace.lock) == str(beat.process) else None
 
 
-def _capacity(workspace: Workspace, db: Reader, model: ModelRow | None) -> dict[str, Any] | None:
+def _capacity(workspace: Workspace, ledger: Ledger, model: ModelRow | None) -> dict[str, Any] | None:
     """The odometer of HEAD: how much of the model its edits are, and how long until the next rebase."""
     from kbsync.odometer import read_odometer
     from kbsync.strategy import facts_left, warnings
@@ -104,7 +112,7 @@ def _capacity(workspace: Workspace, db: Reader, model: ModelRow | None) -> dict[
 
     if model is None:
         return None
-    odometer = read_odometer(db, VersionStore(workspace.data, model.id), model.id)
+    odometer = read_odometer(ledger, VersionStore(workspace.data, model.id), model.id)
     strategy, now = workspace.settings.strategy, odometer.now
     return {
         "relative_norm": now.norms if now else {},
@@ -143,7 +151,7 @@ def _say_disk(found: Mapping[str, Any]) -> None:
     say(f"  {sizes}{fact}{frees}")
 
 
-def _pending(catalog: Any, db: Reader, model: ModelRow | None) -> int:
+def _pending(catalog: Catalog, db: Reader, model: ModelRow | None) -> int:
     """Edits and retractions that the ledger as it is now still asks for."""
     from kbsync.planning import plan_now
 

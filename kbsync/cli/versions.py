@@ -18,21 +18,31 @@ if TYPE_CHECKING:
     from kbsync.config import Workspace
     from kbsync.facts import Applied, FactKey
     from kbsync.ledger import ModelRow, Reader, VersionRow
+    from kbsync.versions.manifest import ActiveDelta
 
 __all__ = ["app"]
 
 app = typer.Typer()
 
 
+PAGE = 50
+"""Versions that are listed where nobody asked for more: a daemon makes thousands."""
+
+
 @app.command()
-def log(root: Root = Path(), as_json: AsJson = False) -> None:
+def log(
+    root: Root = Path(),
+    limit: Annotated[int, typer.Option("--limit", "-n", help="How many.", min=1)] = PAGE,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """List the versions of the model, newest first, which one HEAD is, and which are live or have another name."""
     with reading(root) as (workspace, db):
         model = required_model(workspace, db)
         named = _named(db, model)
-        found = sorted(db.versions(model.id), key=lambda version: -version.number)
-        holding = {version.number: len(db.applied(model.id, version.number)) for version in found}
-        restorable = db.restorable(model.id)
+        found = db.versions(model.id, newest=None if everything else limit)[::-1]
+        holding = db.holding(model.id, [version.number for version in found])
+        restorable, total = db.restorable(model.id), len(db.made_at(model.id))
     if as_json:
         rows = [_version_json(version, holding[version.number], named[version.number]) for version in found]
         return emit([row | {"restorable": row["number"] in restorable} for row in rows])
@@ -67,6 +77,8 @@ def log(root: Root = Path(), as_json: AsJson = False) -> None:
             for version in found
         ),
     )
+    if total > len(found):
+        say(f"{total} versions, the newest {len(found)}; --limit N and --all show more")
     return None
 
 
@@ -130,7 +142,8 @@ def diff(
         one, other = db.number_of(model.id, first), db.number_of(model.id, second)
         difference = _difference(db.applied(model.id, one), db.applied(model.id, other))
         lost = {one, other} - db.restorable(model.id)
-        weights = None if lost else _weights(workspace, db, model.id, one, other)
+        sides = [(db.version(model.id, number), db.active(model.id, number)) for number in (one, other)]
+    weights = None if lost else _weights(workspace, sides)
     if as_json:
         return emit({"facts": difference, "weights": weights})
     _say_difference(f"version {one} -> {other}", difference)
@@ -155,19 +168,18 @@ def _counted(columns: Sequence[int]) -> str:
     return f"column {named}" if len(columns) == 1 else f"{len(columns)} columns: {named}"
 
 
-def _weights(workspace: Workspace, db: Reader, model: str, one: int, other: int) -> dict[str, Any]:
-    """How the weights differ: by matrix, and which columns only one version has."""
+def _weights(workspace: Workspace, sides: Sequence[tuple[VersionRow, Sequence[ActiveDelta]]]) -> dict[str, Any]:
+    """How the weights of two versions differ: by matrix, and which columns only one has."""
     from kbsync.versions.difference import base_norms, weight_difference
     from kbsync.versions.store import VersionStore
 
-    store = VersionStore(workspace.data, model)
-    found = weight_difference(db.active(model, one), db.active(model, other), store)
+    store = VersionStore(workspace.data, sides[0][0].model)
+    found = weight_difference(sides[0][1], sides[1][1], store)
     norms: dict[str, float] = {}
-    for number in (one, other):
-        row = db.version(model, number)
+    for row, active in sides:
         if row.manifest_sha256 is not None:
-            capacity = store.manifest(number, row.manifest_sha256).numerics.get("capacity", {})
-            norms |= base_norms(db.active(model, number), capacity.get("norms", {}), store)
+            capacity = store.manifest(row.number, row.manifest_sha256).numerics.get("capacity", {})
+            norms |= base_norms(active, capacity.get("norms", {}), store)
     return {
         "matrices": [
             {

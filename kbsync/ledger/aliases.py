@@ -6,6 +6,8 @@ names are free.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import func, insert, select
 
 from kbsync.errors import UsageError
@@ -14,12 +16,26 @@ from kbsync.ledger.audit import Auditor
 from kbsync.ledger.read_versions import VersionReader
 from kbsync.ledger.records import PromotionKind, PromotionRow
 
-__all__ = ["HEAD", "LIVE", "PromotionReader", "PromotionWriter"]
+__all__ = ["HEAD", "LIVE", "PromotionReader", "PromotionWriter", "standing"]
 
 LIVE = "live"
 """The alias of what is served. Where nothing is promoted to it, it follows HEAD."""
 HEAD = "HEAD"
 """What edits build on; no alias."""
+
+
+def standing(log: Sequence[PromotionRow]) -> list[PromotionRow]:
+    """The promotions of one alias that hold, oldest first: a demotion took the last one back, an end all of them. The
+    last one is what the alias names; where there is none it names nothing, `live` what HEAD does."""
+    found: list[PromotionRow] = []
+    for row in log:
+        if row.kind == "promote":
+            found.append(row)
+        elif row.kind == "demote":
+            found.pop()
+        else:
+            found.clear()
+    return found
 
 
 class PromotionReader(VersionReader):
@@ -44,6 +60,15 @@ class PromotionReader(VersionReader):
     def aliases(self, model: str) -> dict[str, int]:
         """Alias -> the version that it names; `live` is always among them. Raises UsageError for an unknown model."""
         return {LIVE: self.head(model), **self.pinned(model)}
+
+    def behind(self, model: str) -> dict[str, int]:
+        """Alias -> the version that it names again once its last promotion is taken back; none that names what HEAD is
+        then, or nothing."""
+        logs: dict[str, list[PromotionRow]] = {}
+        for row in self.promotions(model):
+            logs.setdefault(row.alias, []).append(row)
+        holding = {alias: standing(log)[:-1] for alias, log in logs.items()}
+        return {alias: rows[-1].version for alias, rows in holding.items() if rows and rows[-1].version is not None}
 
     def number_of(self, model: str, version: int | str) -> int:
         """The number of a version that is named by its number, by an alias or as HEAD.

@@ -9,7 +9,7 @@ is there again, for all versions that need it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 
 from sqlalchemy import func, select
@@ -17,8 +17,9 @@ from sqlalchemy import func, select
 from kbsync.errors import UsageError
 from kbsync.ledger import schema
 from kbsync.ledger.audit import Auditor
-from kbsync.ledger.database import bulk_insert
+from kbsync.ledger.database import batches, bulk_insert
 from kbsync.ledger.read_versions import VersionReader
+from kbsync.versions.store import named
 
 __all__ = ["RETENTION", "DroppedReader", "DroppedWriter"]
 
@@ -50,12 +51,9 @@ class DroppedReader(VersionReader):
         """The versions whose files have to be there: all but those that were given up, and HEAD in any case; none that
         needs a dropped delta."""
         given_up, head = self.retired().get(model, 0), self.head(model)
-        gone = self.dropped(model).keys()
-        return {
-            number
-            for number, needed in self.files(model).items()
-            if (number > given_up or number in (0, head)) and needed.isdisjoint(gone)
-        }
+        lost = self._needing(model, self.dropped(model))
+        kept = {number for number in self.made_at(model) if number > given_up or number in (0, head)}
+        return kept - lost
 
     def kept_files(self, model: str) -> set[str]:
         """The sha256 of every delta and corrections file that a restorable version needs."""
@@ -64,8 +62,8 @@ class DroppedReader(VersionReader):
 
     def require_restorable(self, model: str, number: int) -> None:
         """Raise UsageError where version `number` needs a delta that is gone."""
-        gone, needed = self.dropped(model), self.files(model).get(number, set())
-        if since := [gone[delta] for delta in needed if delta in gone]:
+        gone = self.dropped(model)
+        if since := [gone[delta] for delta in named(self.active(model, number)) if delta in gone]:
             raise UsageError(
                 f"version {number} is not restorable: retention removed its deltas on {min(since):%Y-%m-%d}",
                 hint="kbsync log shows which versions are; kbsync revert VERSION undoes any, by a rebase if need be",
@@ -88,6 +86,16 @@ class DroppedReader(VersionReader):
         entries = select(func.count()).select_from(schema.audit)
         total = self._connection.scalar(entries) or 0
         return (self._connection.scalar(entries.where(schema.audit.c.at >= since)) or 0) / total if total else 0.0
+
+    def _needing(self, model: str, files: Collection[str]) -> set[int]:
+        """The versions that need one of these files."""
+        table = schema.version_delta.c
+        query = select(table.version).where(table.model == model)
+        found: set[int] = set()
+        for page in batches(files):
+            for name in (table.delta, table.corrections):
+                found.update(self._connection.scalars(query.where(name.in_(page))))
+        return found
 
     def _published(self, model: str) -> dict[str, tuple[datetime, datetime]]:
         """File -> when the first and the newest version was published that names it."""
