@@ -148,6 +148,13 @@ def test_the_database_reaches_nothing_outside_and_the_server_is_shared_with_prom
     assert "host" not in json.loads(services["kbsync"]["environment"]["KBSYNC_SERVER"])  # so that it is 127.0.0.1
 
 
+def test_unit_and_container_give_the_daemon_more_descriptors_than_a_shell() -> None:
+    """As many in both: the server takes its connections from them, passes their files."""
+    limit = COMPOSE["services"]["kbsync"]["ulimits"]["nofile"]
+    [unit] = re.findall(r"^LimitNOFILE=(\d+)$", (DEPLOY / "kbsync.service").read_text(), re.MULTILINE)
+    assert int(unit) == limit["soft"] == limit["hard"] > 1024
+
+
 def test_hadolint_finds_nothing() -> None:
     program = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([program, DEPLOY / "Dockerfile"], capture_output=True, text=True, timeout=PATIENCE)

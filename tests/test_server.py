@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import stat
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -235,14 +237,56 @@ def test_a_request_with_a_body_or_an_endless_head_is_refused(calm: Running) -> N
     assert calm.get("/livez", headers={"X-Long": "x" * 100_000}).status_code == 431
 
 
-def test_a_connection_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "PATIENCE", 0.5)
-    with running(tmp_path) as up:
+TLS = ", tls: {certificate: cert.pem, key: key.pem}"
+
+
+def trusting(folder: Path) -> ssl.SSLContext:
+    """A client's context that trusts the certificate in `folder`."""
+    return ssl.create_default_context(cafile=str(folder / "cert.pem"))
+
+
+@pytest.mark.parametrize("tls", ["", TLS], ids=["plain", "tls"])
+def test_a_connection_that_says_nothing_is_ended(tls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "LIFETIME", 1.0)
+    certificate(tmp_path)
+    with running(tmp_path, f"port: 0{tls}") as up:
         url = httpx.URL(up.address)
-        with socket.create_connection((url.host, url.port), timeout=30) as silent:
+        with socket.create_connection((url.host, url.port), timeout=30) as plain:
+            silent = trusting(tmp_path).wrap_socket(plain, server_hostname=url.host) if tls else plain
             silent.sendall(b"GET /livez HTTP/1.1\r\nHost: local")
             assert silent.recv(100) == b""
-        assert up.get("/livez").status_code == 200
+        assert httpx.get(f"{up.address}/livez", verify=trusting(tmp_path), trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize("tls", ["", TLS], ids=["plain", "tls"])
+def test_silent_connections_take_few_descriptors_and_none_stays(
+    tls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hundred clients that say nothing, not even a TLS handshake: most are turned away at once."""
+    monkeypatch.setattr(server_module, "LIFETIME", 5.0)
+    certificate(tmp_path)
+    with structlog.testing.capture_logs() as logs, running(tmp_path, f"port: 0{tls}") as up, ExitStack() as clients:
+        url = httpx.URL(up.address)
+        before = descriptors()
+        made = [clients.enter_context(socket.create_connection((url.host, url.port), 30)) for _ in range(200)]
+        assert ended(made, 200 - server_module.MOST_CONNECTIONS) == 200 - server_module.MOST_CONNECTIONS
+        assert descriptors() - before - len(made) <= server_module.MOST_CONNECTIONS
+        assert ended(made, 200) == 200
+        assert httpx.get(f"{up.address}/livez", verify=trusting(tmp_path), trust_env=False).status_code == 200
+    assert len([event for event in logs if event["event"] == "server_full"]) == 1
+
+
+def descriptors() -> int:
+    """How many files and sockets this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def ended(clients: list[socket.socket], number: int) -> int:
+    """How many of them the server has ended, once it is so many."""
+    end = time.monotonic() + 30
+    while len(found := select.select(clients, [], [], 0)[0]) < number and time.monotonic() < end:
+        time.sleep(0.05)
+    return len(found)
 
 
 def test_live_while_every_part_beats_and_says_which_one_does_not(up: Running) -> None:

@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import h11
 import structlog
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kbsync.config import CONFIG, Workspace
 from kbsync.errors import ConfigError, KbsyncError
@@ -34,27 +32,47 @@ from kbsync.web.settings import Server
 __all__ = ["serving"]
 
 PATIENCE = 10.0
-"""Seconds that a connection may take for the head of a request, and in which the server has to start and stop."""
+"""Seconds in which the server has to start and stop."""
+LIFETIME = 30.0
+"""Seconds that a connection lasts, whatever it does: handshake, request and answer."""
 MOST_CONNECTIONS = 32
 
 log = structlog.get_logger()
 
 
-class _Impatient(H11Protocol):
-    """Ends a connection that has not sent the whole head of its request in time; uvicorn itself would wait for ever.
-    One request per connection: no second one can be slow."""
+class _Door(socket.socket):
+    """A listening socket that lets in no more than MOST_CONNECTIONS at a time, each for LIFETIME: whoever can reach it
+    cannot take the file descriptors that passes need. uvicorn and asyncio themselves accept without a limit, and wait
+    for ever for a request, a minute for a TLS handshake."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._hurry = self.loop.call_later(PATIENCE, self._end_if_silent)
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(listener.family, listener.type, listener.proto, listener.detach())
+        self._inside: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._silent_until = 0.0
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._hurry.cancel()
-        super().connection_lost(exc)
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection. Raises ConnectionAbortedError, which asyncio expects, where it was one too many."""
+        guest, address = super().accept()
+        for gone in [one for one in self._inside if one.fileno() == -1]:
+            self._inside.pop(gone).cancel()
+        if len(self._inside) >= MOST_CONNECTIONS:
+            guest.close()
+            self._say_full()
+            raise ConnectionAbortedError
+        self._inside[guest] = asyncio.get_running_loop().call_later(LIFETIME, _end, guest)
+        return guest, address
 
-    def _end_if_silent(self) -> None:
-        if self.conn.their_state is h11.IDLE:
-            self.transport.close()
+    def _say_full(self) -> None:
+        """Once in a while: a flood of connections is to be no flood of lines."""
+        if (now := time.monotonic()) >= self._silent_until:
+            self._silent_until = now + 60
+            log.warning("server_full", connections=MOST_CONNECTIONS)
+
+
+def _end(guest: socket.socket) -> None:
+    """Whoever reads or writes it is told by the operating system, and closes it."""
+    with suppress(OSError):  # closed meanwhile
+        guest.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -76,7 +94,7 @@ def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse) -> Iterator[str 
     app = make_app(settings, read_token(workspace), health, exposition)
     config = uvicorn.Config(
         app,
-        http=_Impatient,
+        http="h11",
         ws="none",
         lifespan="off",
         loop="asyncio",
@@ -87,16 +105,16 @@ def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse) -> Iterator[str 
         proxy_headers=False,
         callback_notify=beat,
         timeout_notify=int(BEAT),
-        limit_concurrency=MOST_CONNECTIONS,
+        limit_concurrency=MOST_CONNECTIONS + 1,  # of requests whose client has gone: the door counts connections
         h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_graceful_shutdown=int(PATIENCE),
         **_tls(workspace, settings),
     )
-    with _listening(workspace, settings) as listener:
-        host, port = listener.getsockname()[:2]
+    with _listening(workspace, settings) as door:
+        host, port = door.getsockname()[:2]
         address = f"{'http' if settings.tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listener],), name="kbsync-server", daemon=True)
+        thread = threading.Thread(target=server.run, args=([door],), name="kbsync-server", daemon=True)
         thread.start()
         _wait_until_started(server, thread)
         _announce(ledger, address)
@@ -122,17 +140,17 @@ def _announce(ledger: Ledger, address: str) -> None:
 
 
 @contextmanager
-def _listening(workspace: Workspace, settings: Server) -> Iterator[socket.socket]:
+def _listening(workspace: Workspace, settings: Server) -> Iterator[_Door]:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        listener = socket.create_server((settings.host, settings.port), family=family)
+        door = _Door(socket.create_server((settings.host, settings.port), family=family))
     except OSError as error:
         problem = f"cannot listen on {settings.host} port {settings.port}: {os.strerror(error.errno or 0)}"
         raise ConfigError(
             problem, file=workspace.root / CONFIG, key="server", hint="give another `port`; 0: any that is free"
         ) from error
-    with listener:
-        yield listener
+    with door:
+        yield door
 
 
 def _tls(workspace: Workspace, settings: Server) -> dict[str, Any]:
