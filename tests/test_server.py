@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -254,7 +254,8 @@ def test_a_connection_that_says_nothing_is_ended(tls: str, tmp_path: Path, monke
         with socket.create_connection((url.host, url.port), timeout=30) as plain:
             silent = trusting(tmp_path).wrap_socket(plain, server_hostname=url.host) if tls else plain
             silent.sendall(b"GET /livez HTTP/1.1\r\nHost: local")
-            assert silent.recv(100) == b""
+            with suppress(ssl.SSLEOFError):  # cut off without a goodbye
+                assert silent.recv(100) == b""
         assert httpx.get(f"{up.address}/livez", verify=trusting(tmp_path), trust_env=False).status_code == 200
 
 
