@@ -2,9 +2,9 @@
 
     backups/2026-11-25/
       index.json                                  written last: path, sha256 and size of every other file
-      kbsync.yaml  sources/  policies/            as declared; the secrets that they refer to are not in it
+      kbsync.yaml  sources/  policies/            as declared, and files that these name; no secrets
       data/ledger.db                              one consistent state, checked
-      data/versions/<model>/000007.json           every manifest
+      data/versions/<model>/000007.json           every manifest that is whole
       data/deltas/sha256/<hex>.safetensors        those of HEAD and of versions with an alias, or of all
 
     make_backup(workspace, ledger, Path("backups/2026-11-25"))
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -31,6 +31,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from kbsync import __version__
 from kbsync.config import CONFIG, Workspace
+from kbsync.declared import declared_files, place_in_workspace
 from kbsync.errors import LedgerError, StoreError, UsageError
 from kbsync.ledger import Ledger, Reader
 from kbsync.ledger.copy import copy_ledger
@@ -48,19 +49,11 @@ LARGEST_INDEX = 1 << 28
 CHUNK = 1 << 20
 """Bytes that are copied and hashed at a time."""
 
-_PLACES = re.compile(
-    r"data/ledger\.db|data/deltas/sha256/[0-9a-f]{64}\.safetensors|data/versions/[^/]+/\d{6,}\.json"
-    r"|(?:sources|policies)/.+|(?:[^/]+/)*[^/]+\.yaml"
-)
-"""Where files of a backup may lie, and so where a restore writes."""
-_SECRET_FILE = re.compile(r"""\bfile:([^\s"'#,}\]]+)""")
-
-
-def _inside(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if path != "/".join(parts) or ".." in parts or "\0" in path or "\\" in path or not _PLACES.fullmatch(path):
-        raise ValueError(f"{path!r} is no place in a workspace")
-    return path
+_DAMAGED = "take the file from an older backup; `kbsync verify` names all that is wrong"
+STALE = 3600.0
+"""Seconds for which nothing has been written into an unfinished folder of a process that was killed."""
+_UNFINISHED = f"{TEMPORARY}kbsync-"
+"""How the names of folders begin that are to become a backup or a workspace."""
 
 
 class _Value(BaseModel):
@@ -70,18 +63,20 @@ class _Value(BaseModel):
 class Entry(_Value):
     """A file: its place in the workspace, in the backup too, and its content."""
 
-    path: Annotated[str, AfterValidator(_inside)]
+    path: Annotated[str, AfterValidator(place_in_workspace)]
     sha256: Sha256
     size: Annotated[int, Field(ge=0)]
 
 
 class Index(_Value):
-    """What a backup holds. `versions`: by model, those that can be restored from it."""
+    """What a backup holds. `versions`: by model, those that can be restored from it; `left_out`: files that the
+    workspace has or names and the backup lacks -> why."""
 
     format: Literal[1] = 1
     kbsync: str
     made_at: AwareDatetime
     versions: dict[str, tuple[int, ...]]
+    left_out: dict[str, str] = {}
     files: tuple[Entry, ...]
 
     @classmethod
@@ -113,23 +108,36 @@ def make_backup(
     """Back the workspace up into the folder `target`, which must not exist. `everything`: with the deltas of every
     restorable version.
 
-    Raises UsageError where `target` exists, StoreError where a file is missing or damaged or the disk refuses.
+    `left_out`: files that are not in it -> why: secrets, what lies elsewhere, damaged manifests of old versions. Raises
+    UsageError where `target` exists, StoreError where a file of a version that is to be saved is missing or damaged, or
+    the disk refuses.
     """
     if target.exists() or target.is_symlink():
         raise UsageError(f"{target} is there already", hint="name a folder that does not exist")
     with made_whole(target) as made:
         _copy_ledger(workspace, ledger, made / LEDGER)
         with Ledger.open(f"sqlite:///{made / LEDGER}", create=False) as copy, copy.read() as db:
-            wanted, versions = _files_of_versions(workspace, db, everything=everything)
-        secrets = _secret_files(workspace)
-        wanted |= dict.fromkeys(_declared(workspace, secrets))
+            wanted, versions, records = _files_of_versions(workspace, db, everything=everything)
+        declared, left_out = declared_files(workspace)
+        lost = _not_as_recorded(workspace, records)
+        wanted |= dict.fromkeys(declared) | {path: sha256 for path, sha256 in records.items() if path not in lost}
+        left_out |= lost
         sources = {path: _source(workspace, path) for path in wanted}
         require_space(made, sum(source.stat().st_size for source in sources.values() if source.exists()))
         entries = [Entry(path=LEDGER, sha256=sha256_of(made / LEDGER), size=(made / LEDGER).stat().st_size)]
         for done, (path, source) in enumerate(sorted(sources.items()), 1):
             entries.append(_copied(source, made, path, wanted[path]))
             progress("backup", done, len(sources))
-        index = Index(kbsync=__version__, made_at=datetime.now(UTC), versions=versions, files=tuple(entries))
+        index = Index(
+            kbsync=__version__,
+            made_at=datetime.now(UTC),
+            versions={
+                model: tuple(number for number in numbers if _manifest(workspace, model, number) not in lost)
+                for model, numbers in versions.items()
+            },
+            left_out=left_out,
+            files=tuple(entries),
+        )
         data = index.model_dump_json(indent=1).encode()
         digest, _ = written([data], made / INDEX)
     return {
@@ -137,8 +145,8 @@ def make_backup(
         "files": len(entries),
         "bytes": sum(entry.size for entry in entries),
         "index_sha256": digest,
-        "versions": {model: list(numbers) for model, numbers in versions.items()},
-        "left_out": sorted(secrets),
+        "versions": {model: list(numbers) for model, numbers in index.versions.items()},
+        "left_out": left_out,
     }
 
 
@@ -197,11 +205,12 @@ def read_entry(folder: Path, entry: Entry) -> Iterator[bytes]:
 def made_whole(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `target` at the end of the block, synced; where it fails nothing is left.
 
-    Raises StoreError where the disk refuses.
+    What a killed process left beside it goes. Raises StoreError where the disk refuses.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=target.parent))
+        _sweep(target.parent)
+        made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target.parent))
     except OSError as error:
         raise StoreError(f"{target}: cannot be made: {error.strerror}", hint="see to permissions and space") from error
     try:
@@ -216,6 +225,18 @@ def made_whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
+def _sweep(folder: Path) -> None:
+    """Remove unfinished folders into which nobody has written for long: another backup may be at work."""
+    before = time.time() - STALE
+    for unfinished in folder.glob(f"{_UNFINISHED}*"):
+        try:
+            idle = all(path.lstat().st_mtime < before for path in (unfinished, *unfinished.rglob("*")))
+        except OSError:  # becoming a backup just now
+            continue
+        if idle and unfinished.is_dir() and not unfinished.is_symlink():
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _copy_ledger(workspace: Workspace, ledger: Ledger, target: Path) -> None:
     """One consistent state of the ledger as a SQLite file, also of one that is on a server."""
     target.parent.mkdir(mode=0o700)
@@ -227,10 +248,12 @@ def _copy_ledger(workspace: Workspace, ledger: Ledger, target: Path) -> None:
 
 def _files_of_versions(
     workspace: Workspace, db: Reader, *, everything: bool
-) -> tuple[dict[str, str | None], dict[str, tuple[int, ...]]]:
-    """Place -> sha256 of every manifest and of the deltas to take along; and by model, the versions that these make."""
+) -> tuple[dict[str, str | None], dict[str, tuple[int, ...]], dict[str, str]]:
+    """Place -> sha256 of the deltas to take along and of the manifests of their versions; by model, the versions that
+    these make; place -> sha256 of all other manifests, which are there for the record."""
     wanted: dict[str, str | None] = {}
-    versions = {}
+    versions: dict[str, tuple[int, ...]] = {}
+    records: dict[str, str] = {}
     for model in db.models():
         store, files, restorable = VersionStore(workspace.data, model.id), db.files(model.id), db.restorable(model.id)
         chosen = restorable if everything else restorable & {model.head, *db.aliases(model.id).values()}
@@ -239,8 +262,25 @@ def _files_of_versions(
         wanted |= {_place(workspace, store.delta_path(delta)): delta for delta in deltas}
         for row in db.versions(model.id):
             if row.manifest_sha256 is not None:
-                wanted[_place(workspace, store.manifest_path(row.number))] = row.manifest_sha256
-    return wanted, versions
+                place = _manifest(workspace, model.id, row.number)
+                (wanted if row.number in chosen else records)[place] = row.manifest_sha256
+    return wanted, versions, records
+
+
+def _not_as_recorded(workspace: Workspace, records: Mapping[str, str]) -> dict[str, str]:
+    """Those of these files (place -> sha256) that are missing or damaged -> how."""
+    found = {}
+    for path, sha256 in records.items():
+        try:
+            if sha256_of(_source(workspace, path)) != sha256:
+                found[path] = "damaged"
+        except OSError as error:
+            found[path] = error.strerror or str(error)
+    return found
+
+
+def _manifest(workspace: Workspace, model: str, number: int) -> str:
+    return _place(workspace, VersionStore(workspace.data, model).manifest_path(number))
 
 
 def _place(workspace: Workspace, path: Path) -> str:
@@ -252,42 +292,15 @@ def _source(workspace: Workspace, path: str) -> Path:
     return workspace.data / path.removeprefix("data/") if path.startswith("data/") else workspace.root / path
 
 
-def _declared(workspace: Workspace, secrets: Collection[str]) -> Iterator[str]:
-    """kbsync.yaml, a preset of the workspace's own, what is in sources/ and policies/; no hidden files, no secrets."""
-    yield CONFIG
-    preset = workspace.settings.preset or ""
-    if preset.endswith(".yaml") and (workspace.root / preset).resolve().is_relative_to(workspace.root.resolve()):
-        yield PurePosixPath(os.path.normpath(preset)).as_posix()
-    for folder in (workspace.sources, workspace.policies):
-        for path in sorted(folder.rglob("*")):
-            place = path.relative_to(workspace.root)
-            hidden = any(part.startswith(".") for part in place.parts)
-            if path.is_file() and not hidden and place.as_posix() not in secrets:
-                yield place.as_posix()
-
-
-def _secret_files(workspace: Workspace) -> set[str]:
-    """Files of the workspace that a `file:` reference names: what is in them is no matter of a backup."""
-    found = set()
-    declared = [workspace.root / CONFIG, *workspace.sources.rglob("*.yaml"), *workspace.policies.rglob("*.yaml")]
-    for path in declared:
-        for name in _SECRET_FILE.findall(path.read_text(encoding="utf-8", errors="replace")):
-            for base in {path.parent, workspace.root}:
-                named = Path(os.path.normpath(base / name))
-                if named.is_relative_to(workspace.root) and named.is_file():
-                    found.add(named.relative_to(workspace.root).as_posix())
-    return found
-
-
 def _copied(source: Path, root: Path, path: str, sha256: str | None) -> Entry:
     """Copy a file to its place below `root`. `sha256`: what it must be. Raises StoreError where it is another one or
     cannot be read."""
     try:
         digest, size = written(_chunks(source), root / path)
     except OSError as error:
-        raise StoreError(f"{source}: {error.strerror or error}", hint="kbsync verify") from error
+        raise StoreError(f"{source}: {error.strerror or error}", hint=_DAMAGED) from error
     if sha256 not in (None, digest):
-        raise StoreError(f"{source}: damaged, its sha256 is now {digest}", hint="kbsync verify")
+        raise StoreError(f"{source}: damaged, its sha256 is now {digest}", hint=_DAMAGED)
     return Entry(path=path, sha256=digest, size=size)
 
 

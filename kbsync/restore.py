@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from kbsync.backup import Index, check_backup, made_whole, read_entry, written
+from kbsync.catalog import load_catalog
 from kbsync.config import CONFIG, Workspace
-from kbsync.errors import ModelError, StoreError, UsageError
+from kbsync.errors import KbsyncError, ModelError, StoreError, UsageError
 from kbsync.ledger import Ledger
 from kbsync.ledger.aliases import LIVE
 from kbsync.progress import Progress, silent
@@ -34,9 +36,10 @@ NOT_SAVED = "not in the backup"
 def restore(backup: Path, root: Path, *, user: str, progress: Progress = silent) -> dict[str, Any]:
     """Make the workspace `root` of a backup: all of it, or nothing.
 
-    `weights`: the live weights' hash, as rebuilt on the base model; None where that is not on this machine. Raises
-    UsageError where `root` is not empty or `backup` is none, StoreError and LedgerError where the backup is damaged or
-    the weights are not those recorded.
+    `weights`: the live weights' hash, as rebuilt on the base model; None where that is not on this machine. `left_out`:
+    what the backup lacks, and why; `problems`: what `kbsync check` says of the new workspace. Raises UsageError where
+    `root` is not empty or `backup` is none, StoreError and LedgerError where the backup is damaged or the weights are
+    not those recorded.
     """
     root = root.absolute()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -55,7 +58,7 @@ def restore(backup: Path, root: Path, *, user: str, progress: Progress = silent)
             raise StoreError(f"{backup / CONFIG}: data or ledger leads elsewhere", hint="give each a line of its own")
         with Ledger.open(workspace.ledger_url, create=False) as ledger:
             lost = _settle(workspace, ledger, index, user)
-            weights = _checked(workspace, ledger)
+            weights = _checked(workspace, ledger, index.left_out)
     return {
         "workspace": str(root),
         "files": len(index.files),
@@ -63,6 +66,8 @@ def restore(backup: Path, root: Path, *, user: str, progress: Progress = silent)
         "not_restorable": lost,
         "weights_sha256": weights,
         "changed": changed,
+        "left_out": dict(index.left_out),
+        "problems": _problems(root),
     }
 
 
@@ -101,13 +106,31 @@ def _settle(workspace: Workspace, ledger: Ledger, index: Index, user: str) -> di
     return {model: numbers for model, numbers in lost.items() if numbers}
 
 
-def _checked(workspace: Workspace, ledger: Ledger) -> str | None:
-    """The hash of the live weights. Raises StoreError where anything is not as recorded."""
-    if problems := [*ledger.check(), *verify_files(workspace, ledger)]:
-        raise StoreError(f"the backup is not whole: {problems[0]}", hint="take another backup")
+def _problems(root: Path) -> list[str]:
+    """What is missing of what the new workspace declares, or looks like a mistake."""
+    try:
+        workspace = Workspace.load(root)
+        found = load_catalog(workspace).check()
+        if (preset := workspace.settings.preset or "").endswith(".yaml"):
+            workspace.preset(preset)
+    except KbsyncError as error:
+        return [error.message]
+    return found
+
+
+def _checked(workspace: Workspace, ledger: Ledger, left_out: Collection[str]) -> str | None:
+    """The hash of the live weights. Raises StoreError where anything is not as recorded, but for the manifests of
+    versions that are not served which the backup says it lacks."""
     with ledger.read() as db:
         served = {model.id: {model.head, db.aliases(model.id)[LIVE]} for model in db.models()}
         lost = [model for model, numbers in served.items() if not numbers <= db.restorable(model)]
+    stores = {model: VersionStore(workspace.data, model) for model in served}
+    needed = {stores[model].manifest_path(number) for model, numbers in served.items() for number in numbers}
+    lacking = tuple(f"{path}: " for path in {workspace.root / name for name in left_out} - needed)
+    problems = [*ledger.check(), *verify_files(workspace, ledger)]
+    for problem in problems:
+        if not problem.startswith(lacking):
+            raise StoreError(f"the backup is not whole: {problem}", hint="take another backup")
     if lost:
         raise StoreError(f"the backup lacks deltas of the live version of {lost[0]}", hint="take another backup")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -145,13 +146,103 @@ def test_no_secret_is_in_a_backup_and_only_its_owner_can_read_it(made: TestWorks
     (made.root / "sources" / "token").write_text("canary-secret")
     (made.root / "sources" / ".hidden").write_text("canary-secret")
     declared = made.root / "sources" / "stars.yaml"
-    declared.write_text(declared.read_text() + "# token: file:token\n")
-    assert take(made, tmp_path / "backup")["left_out"] == ["sources/token"]
+    declared.write_text(declared.read_text() + 'headers: {Authorization: "file:token", X-Key: "file:my token.txt"}\n')
+    (made.root / "sources" / "my token.txt").write_text("canary-secret")
+    (made.root / "sources" / "old.txt").write_text("canary-secret")
+    (made.root / "sources" / "drafts").mkdir()
+    (made.root / "sources" / "drafts" / "half-written.yml").write_text("headers: {Cookie: file:../old.txt")
+    secrets = dict.fromkeys(("sources/my token.txt", "sources/old.txt", "sources/token"), "holds a secret")
+    assert take(made, tmp_path / "backup")["left_out"] == secrets
     files = [path for path in (tmp_path / "backup").rglob("*") if path.is_file()]
     assert {"kbsync.yaml", "index.json", "stars.csv", "controls.txt", "preset.yaml"} <= {path.name for path in files}
     for path in files:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert b"canary-secret" not in path.read_bytes()
+
+
+def test_files_that_are_named_below_the_workspace_come_along_and_others_are_said_to_be_missing(
+    made: TestWorkspace, tmp_path: Path
+) -> None:
+    root = made.root
+    for folder, file, source in (
+        ("lists", "c.txt", "policies/controls.txt"),
+        ("feeds", "stars.csv", "sources/stars.csv"),
+    ):
+        (root / folder).mkdir()
+        (root / source).rename(root / folder / file)
+    put(root / "policies" / "sky.yaml", "controls.txt", "../lists/c.txt")
+    put(root / "sources" / "stars.yaml", "location: stars.csv", "location: ../feeds/stars.csv")
+    (root / "lists" / "corpus.txt").write_text("A corpus.")
+    put(root / "preset.yaml", "corpus: self", "corpus: file:lists/corpus.txt")
+    assert take(made, tmp_path / "whole")["left_out"] == {}
+    found = restore(tmp_path / "whole", tmp_path / "new", user="test")
+    assert (found["left_out"], found["problems"]) == ({}, [])
+    with open_workspace(tmp_path / "new", user="test") as reconciler:
+        reconciler.run_edit = run_here
+        assert reconciler.sync()[0].status == "done"
+    (root / "lists" / "c.txt").rename(tmp_path / "c.txt")
+    put(root / "policies" / "sky.yaml", "../lists/c.txt", str(tmp_path / "c.txt"))
+    put(root / "kbsync.yaml", "model:", f"allowed_dirs: [{tmp_path}]\nmodel:")
+    outside = {str(tmp_path / "c.txt"): "lies outside the workspace"}
+    assert take(made, tmp_path / "part")["left_out"] == outside
+    (tmp_path / "c.txt").unlink()
+    found = restore(tmp_path / "part", tmp_path / "other", user="test")
+    assert found["left_out"] == outside
+    [problem] = found["problems"]
+    assert problem.startswith(str(tmp_path / "other" / "policies" / "sky.yaml"))
+    assert problem.endswith(f"no file {tmp_path / 'c.txt'}")
+
+
+def put(path: Path, old: str, new: str) -> None:
+    """Another text in a file."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_a_damaged_manifest_of_an_old_version_stops_no_backup_but_one_that_is_saved_does(
+    made: TestWorkspace, tmp_path: Path
+) -> None:
+    model = next((made.root / "data" / "versions").iterdir()).name
+    first, last = ((made.root / "data" / "versions" / model / f"00000{number}.json") for number in (1, 3))
+    first.chmod(0o600)
+    flip(first)
+    left_out = {f"data/versions/{model}/000001.json": "damaged"}
+    done = take(made, tmp_path / "backup")
+    assert (done["left_out"], done["versions"]) == (left_out, {model: [0, 3]})
+    assert dict(check_backup(tmp_path / "backup").left_out) == left_out
+    assert restore(tmp_path / "backup", tmp_path / "new", user="test")["left_out"] == left_out
+    with pytest.raises(StoreError, match=r"000001\.json: damaged"):
+        take(made, tmp_path / "all", everything=True)
+    last.unlink()
+    with pytest.raises(StoreError, match=r"000003\.json: No such file") as caught:
+        take(made, tmp_path / "none")
+    assert "older backup" in caught.value.hint
+
+
+def test_a_backup_that_says_it_lacks_the_live_manifest_is_refused(backup: Path, tmp_path: Path) -> None:
+    index = json.loads((backup / "index.json").read_text())
+    [gone] = [entry for entry in index["files"] if entry["path"].endswith("000003.json")]
+    index["files"].remove(gone)
+    index["left_out"] = {gone["path"]: "damaged"}
+    (backup / "index.json").write_text(json.dumps(index))
+    with pytest.raises(StoreError, match="not whole"):
+        restore(backup, tmp_path / "new", user="test")
+
+
+def test_what_a_killed_backup_left_behind_goes_with_the_next_one_unless_it_is_at_work(
+    made: TestWorkspace, tmp_path: Path
+) -> None:
+    code = "import sys, os; from pathlib import Path; from kbsync.backup import made_whole\n"
+    code += "with made_whole(Path(sys.argv[1])) as made: (made / 'big').touch(); os.kill(os.getpid(), 9)"
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False)
+    stale, busy = sorted(tmp_path.glob(".tmp-*"))
+    (tmp_path / ".tmp-others").mkdir()
+    for path in (stale / "big", stale, busy, tmp_path / ".tmp-others"):
+        os.utime(path, (0, 0))
+    take(made, tmp_path / "backup")
+    assert {path.name for path in tmp_path.iterdir()} == {"w", "backup", ".tmp-others", busy.name}
 
 
 def test_a_workspace_with_its_files_elsewhere_is_restored_with_files_of_its_own(
@@ -223,7 +314,17 @@ def refused(backup: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["../escaped.yaml", "/tmp/escaped.yaml", "sources/../../escaped", "data/lock", "data/deltas/sha256/x", "a//b.yaml"],
+    [
+        "../escaped.yaml",
+        "/tmp/escaped.yaml",
+        "sources/../../escaped",
+        "data/lock",
+        "data/deltas/sha256/x",
+        "a//b.yaml",
+        "index.json",
+        ".git/hooks/post-checkout",
+        "lists/.hidden",
+    ],
 )
 def test_a_backup_that_would_write_outside_its_places_is_refused(backup: Path, tmp_path: Path, path: str) -> None:
     index = json.loads((backup / "index.json").read_text())
@@ -286,9 +387,29 @@ def test_the_commands_say_what_they_did(
         return capsys.readouterr().out
 
     capsys.readouterr()
-    made = json.loads(run("backup", str(tmp_path / "second"), "--workspace", str(made.root), "--json"))
-    assert made["files"] == len(Index.read(tmp_path / "second").files)
+    root = made.root
+    done = json.loads(run("backup", str(tmp_path / "second"), "--workspace", str(root), "--json"))
+    assert done["files"] == len(Index.read(tmp_path / "second").files)
     assert "as the index says" in run("backup", str(backup), "--verify")
     said = run("restore", str(backup), "--workspace", str(tmp_path / "new"))
     assert "2 versions of model" in said
     assert "as recorded" in said
+    token = root / "sources" / "token"
+    token.write_text("secret")
+    put(root / "sources" / "stars.yaml", "type: csv", "type: csv\nheaders: {Authorization: 'file:token'}")
+    said = "not in it: sources/token: holds a secret"
+    assert said in run("backup", str(tmp_path / "third"), "--workspace", str(root))
+    assert said in run("backup", str(tmp_path / "third"), "--verify")
+    put(tmp_path / "third" / "policies" / "sky.yaml", "controls: controls.txt", "controls: nowhere.txt")
+    retouch(tmp_path / "third", "policies/sky.yaml")
+    found = run("restore", str(tmp_path / "third"), "--workspace", str(tmp_path / "fourth"))
+    assert said in found
+    assert f"kbsync check: {tmp_path / 'fourth' / 'policies' / 'sky.yaml'}:" in found
+
+
+def retouch(backup: Path, name: str) -> None:
+    """Let the index name a file as it is now."""
+    index, data = json.loads((backup / "index.json").read_text()), (backup / name).read_bytes()
+    [entry] = [entry for entry in index["files"] if entry["path"] == name]
+    entry |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    (backup / "index.json").write_text(json.dumps(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,10 +36,14 @@ def backup(
     say(f"{counted(done['files'], 'file')}, {done['bytes'] / 1e6:.1f} MB in {escape(done['backup'])}")
     for model, numbers in done["versions"].items():
         say(f"  {escape(model)}: {counted(len(numbers), 'version')} can be restored")
-    for name in done["left_out"]:
-        say(f"  [yellow]not in it[/]: {escape(name)}, which holds a secret")
+    _say_left_out(done["left_out"])
     say(f"  sha256 of its index: {done['index_sha256']}")
     return None
+
+
+def _say_left_out(left_out: Mapping[str, str]) -> None:
+    for name, why in left_out.items():
+        say(f"  [yellow]not in it[/]: {escape(name)}: {escape(why)}")
 
 
 def _verify(folder: Path, as_json: bool) -> None:
@@ -50,6 +55,7 @@ def _verify(folder: Path, as_json: bool) -> None:
     if as_json:
         return emit(found)
     say(f"{counted(found['files'], 'file')} as the index says; made {found['made_at']} by kbsync {found['kbsync']}")
+    _say_left_out(found["left_out"])
     return None
 
 
@@ -71,6 +77,9 @@ def restore(
     for model, numbers in done["not_restorable"].items():
         lost = counted(len(numbers), "version")
         say(f"  {lost} of {escape(model)} not restorable: their deltas are not in the backup")
+    _say_left_out(done["left_out"])
+    for problem in done["problems"]:
+        say(f"  [yellow]kbsync check:[/] {escape(problem)}")
     for key in done["changed"]:
         say(f"  [yellow]{key}:[/] is no longer in kbsync.yaml: this workspace has its own in data/")
     if done["weights_sha256"] is None:
