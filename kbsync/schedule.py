@@ -71,12 +71,15 @@ def trigger(schedule: Schedule) -> Cron | Every:
     return found
 
 
-def next_due(schedule: Schedule, last_started: datetime | None, now: datetime) -> datetime:
+def next_due(
+    schedule: Schedule, last_started: datetime | None, now: datetime, planned: datetime | None = None
+) -> datetime:
     """When the next pass is due after the one that began at `last_started` (None: there was none); never before `now`.
 
     All times are timezone-aware, the result is in UTC. However many passes were missed, one is due now. The schedule
     goes on from the last pass and not from the start of the daemon, or frequent restarts would put a pass off for ever.
-    A last pass that lies in the future, because the clock was put back since, counts as begun now.
+    A last pass that lies in the future, because the clock was put back since, counts as begun now; but an earlier time
+    that was `planned` since then stays.
     """
     if last_started is None:
         return now
@@ -84,6 +87,8 @@ def next_due(schedule: Schedule, last_started: datetime | None, now: datetime) -
     due = trigger(schedule).get_next_fire_time(begun, begun + timedelta(microseconds=1))
     if due is None:
         raise ValueError(f"schedule never comes again: {schedule.cron}")
+    if planned is not None and last_started > now:
+        due = min(due, planned)
     return max(now, due.astimezone(UTC))
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,8 @@ SETTINGS = {
     "max_connections": "60",
     "timezone": "Asia/Kolkata",  # never UTC: times must not depend on it
 }
+CAREFUL = SETTINGS | {"synchronous_commit": "on"}
+"""Keeps what was committed through an immediate shutdown."""
 
 
 class Unavailable(Exception):
@@ -98,24 +101,45 @@ class Server:
 @contextmanager
 def server() -> Iterator[Server]:
     """The server to test with, for the time of the block. Raises Unavailable where there is none."""
-    try:
-        import psycopg  # noqa: F401
-    except ImportError:
-        raise Unavailable("psycopg is not installed; ends with: pip install 'kbsync[postgres]'") from None
+    _need_driver()
     address = os.environ.get(VARIABLE)
     if address:
         yield from _closing(Server(make_url(address), private=False))
         return
+    with restartable(SETTINGS) as (found, _):
+        yield found
+
+
+@contextmanager
+def restartable(settings: Mapping[str, str] = CAREFUL) -> Iterator[tuple[Server, Callable[[int], None]]]:
+    """A private server that may be shut down by a signal and started again at any time. Raises Unavailable."""
+    _need_driver()
     programs = _programs()
     if programs is None:
         raise Unavailable(f"no PostgreSQL server here; ends with: apt-get install postgresql, or {VARIABLE}=URL")
     folder = Path(mkdtemp(prefix="kbsync-pg-"))
+    cluster = _Cluster(programs, folder, settings)
+
+    def restart(number: int) -> None:
+        cluster.stop(number)
+        cluster.start()
+
     try:
-        with _started(programs, folder):
-            address = make_url(f"postgresql+psycopg://tester@/postgres?host={folder}")
-            yield from _closing(Server(address, private=True))
+        cluster.make()
+        cluster.start()
+        found = Server(make_url(f"postgresql+psycopg://tester@/postgres?host={folder}"), private=True)
+        for one in _closing(found):
+            yield one, restart
     finally:
+        cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _need_driver() -> None:
+    try:
+        import psycopg  # noqa: F401
+    except ImportError:
+        raise Unavailable("psycopg is not installed; ends with: pip install 'kbsync[postgres]'") from None
 
 
 def _closing(one: Server) -> Iterator[Server]:
@@ -132,30 +156,43 @@ def _programs() -> Path | None:
     return next((folder for folder in folders if all((folder / name).exists() for name in PROGRAMS)), None)
 
 
-@contextmanager
-def _started(programs: Path, folder: Path) -> Iterator[None]:
+@dataclass
+class _Cluster:
     """A server on a fresh cluster in `folder`, which is also where its socket lies."""
-    as_owner = _owner(folder)
-    data = folder / "data"
-    make = [programs / "initdb", "-D", data, "-U", "tester", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N"]
-    made = subprocess.run([*as_owner, *make], capture_output=True, text=True, check=False, cwd=folder)
-    if made.returncode:
-        raise Unavailable(f"initdb failed: {made.stderr.strip()}; ends when that works")
-    options = [word for name, value in SETTINGS.items() for word in ("-c", f"{name}={value.strip(chr(39))}")]
-    log = folder / "log"
-    with log.open("w") as output:
-        run = [*as_owner, programs / "postgres", "-D", data, "-k", folder, *options]
-        process = subprocess.Popen(run, stdout=output, stderr=output, cwd=folder)
-    try:
+
+    programs: Path
+    folder: Path
+    settings: Mapping[str, str]
+    process: subprocess.Popen[bytes] | None = None
+
+    def make(self) -> None:
+        """The cluster itself. Raises Unavailable."""
+        command = [self.programs / "initdb", "-D", self.folder / "data", "-U", "tester", "-A", "trust", "-E", "UTF8"]
+        command += ["--locale=C.UTF-8", "-N"]
+        made = subprocess.run(
+            [*_owner(self.folder), *command], capture_output=True, text=True, check=False, cwd=self.folder
+        )
+        if made.returncode:
+            raise Unavailable(f"initdb failed: {made.stderr.strip()}; ends when that works")
+
+    def start(self) -> None:
+        """Until it answers. Raises Unavailable."""
+        options = [word for name, value in self.settings.items() for word in ("-c", f"{name}={value.strip(chr(39))}")]
+        log = self.folder / "log"
+        with log.open("a") as output:
+            run = [*_owner(self.folder), self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder]
+            self.process = subprocess.Popen([*run, *options], stdout=output, stderr=output, cwd=self.folder)
         deadline = time.monotonic() + PATIENCE
-        while subprocess.run([programs / "pg_isready", "-q", "-h", folder], check=False).returncode:
-            if process.poll() is not None or time.monotonic() > deadline:
+        while subprocess.run([self.programs / "pg_isready", "-q", "-h", self.folder], check=False).returncode:
+            if self.process.poll() is not None or time.monotonic() > deadline:
                 raise Unavailable(f"the server does not start: {log.read_text().strip()}; ends when it does")
             time.sleep(0.05)
-        yield
-    finally:
-        process.send_signal(2)  # SIGINT: PostgreSQL's fast shutdown
-        process.wait()
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """SIGINT: PostgreSQL's fast shutdown; SIGQUIT: its immediate one, after which it recovers as from a crash."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait()
 
 
 def _owner(folder: Path) -> list[str]:

@@ -72,6 +72,15 @@ def test_a_clock_that_was_put_back_stops_no_schedule(schedule: Schedule) -> None
     assert next_due(schedule, last, NOW) == NOW + timedelta(hours=1)
 
 
+def test_what_was_planned_since_the_clock_was_put_back_is_not_put_off_again() -> None:
+    """Neither by a second jump nor by a new start; what was planned by the clock that was ahead means nothing."""
+    schedule, last, soon = Schedule(every=3600), NOW + timedelta(days=400), NOW + timedelta(minutes=10)
+    assert next_due(schedule, last, NOW, soon) == soon
+    assert next_due(schedule, last, NOW, NOW - timedelta(hours=1)) == NOW
+    assert next_due(schedule, last, NOW, last + timedelta(hours=1)) == NOW + timedelta(hours=1)
+    assert next_due(schedule, NOW, NOW, soon) == NOW + timedelta(hours=1)
+
+
 def test_a_time_that_a_night_skips_or_repeats_comes_all_the_same() -> None:
     schedule = Schedule(cron="30 2 * * *", timezone="Europe/Berlin")
     spring, autumn = datetime(2026, 3, 28, 12, tzinfo=UTC), datetime(2026, 10, 24, 12, tzinfo=UTC)

@@ -300,8 +300,11 @@ class Daemon:
                 state = db.schedule_state(name)
                 latest = db.runs(1, policy=name)
             unfinished = bool(latest) and latest[0].status in UNFINISHED
-            first = now if unfinished else next_due(policy.schedule, state.last_started, now)
+            planned = self._due.get(name, state.next_due)
+            first = now if unfinished else next_due(policy.schedule, state.last_started, now, planned)
             self._due[name] = first
+            if state.last_started is not None and state.last_started > now:  # or each start would put it off anew
+                self._note_due(name)
             self._scheduler.add_job(
                 self._pass,
                 trigger(policy.schedule),
@@ -345,6 +348,7 @@ class Daemon:
         with self._doing(f"pass of {name}"):
             if self._stopping.is_set() or name not in self._catalog.policies:
                 return
+            self._look_ahead(name)
             try:
                 reports = self._reconciler(USER, self._work.progress).sync([name], trigger=SCHEDULED)
                 for report in reports:
@@ -358,6 +362,7 @@ class Daemon:
                 log.error("pass_failed", policy=name, problem=error.message, hint=error.hint)
             except Exception as error:
                 self._note_problem("job_error", name, place_of(error))
+            self._look_ahead(name)
             self._note_due(name)
 
     def _handle(self, command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
@@ -400,11 +405,14 @@ class Daemon:
                 self._pass, "date", [name], run_date=soon, id=f"{name}, again", replace_existing=True
             )
 
-    def _note_due(self, name: str) -> None:
+    def _look_ahead(self, name: str) -> None:
+        """When the scheduler will begin the policy's next pass."""
         job = self._scheduler.get_job(name)
-        due = job.next_run_time if job else None
-        if due is not None:
-            self._due[name] = due
+        if job is not None and job.next_run_time is not None:
+            self._due[name] = job.next_run_time
+
+    def _note_due(self, name: str) -> None:
+        due = self._due.get(name)
         self._note(lambda db: db.set_schedule_state(replace(db.schedule_state(name), next_due=due)))
 
     def _note(self, write: Callable[[Writer], None]) -> None:

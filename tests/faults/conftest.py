@@ -46,5 +46,5 @@ def nursery(_nursery: Nursery | str, monkeypatch: pytest.MonkeyPatch) -> Iterato
         pytest.skip(_nursery)
     monkeypatch.setattr("kbsync.reconcile.run_edit", StandIn())
     yield _nursery
-    _nursery.control.set(mode=0, hold=0, clock=0)
+    _nursery.control.set(mode=0, hold=0, clock=0, statement=0)
     _nursery.clear()

@@ -25,8 +25,8 @@ struct control {
     int64_t mode, at, times, error, kinds;             /* set by the test */
     int64_t count, hits, hit_kind, again;              /* told by the shim */
     int64_t clock;                                     /* nanoseconds added to the time of day */
-    int64_t stage, hold, held;                         /* used by the process itself */
-    int64_t spare[3];
+    int64_t stage, hold, held;                         /* used by the process itself, as what follows */
+    int64_t statements, statement, within;             /* to the database: so many; hold at this one, of this stage */
     char root[512];                                    /* counts only what lies below it; ends with '/' */
     char hit[512];                                     /* what the last call that was hit was about */
     char trail[8192];                                  /* the stage of each call that was counted */

@@ -29,6 +29,7 @@ _WORDS = (
     *("mode", "at", "times", "error", "kinds"),
     *("count", "hits", "hit_kind", "again"),
     *("clock", "stage", "hold", "held"),
+    *("statements", "statement", "within"),
 )
 """The control file's 64-bit words in the order of `struct control` in shim.c."""
 _ROOT, _HIT, _TRAIL, _SIZE = 16 * 8, 16 * 8 + 512, 16 * 8 + 1024, 16 * 8 + 1024 + 8192

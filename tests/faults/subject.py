@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import Engine, event
+
 from kbsync import commands, reconcile
 from kbsync.commands import perform
 from kbsync.daemon import daemon, run_daemon
@@ -32,6 +34,8 @@ from tests.faults.stages import STAGES
 from tests.standin import StandIn
 
 HOLD_SECONDS = 60.0
+HELD_ANYWAY = 99
+"""No stage's number."""
 
 
 def main() -> None:
@@ -114,6 +118,8 @@ def _install(control: Control) -> None:
     ]
     for owner, name, stage in stages:
         setattr(owner, name, _staged(control, stage, getattr(owner, name)))
+    event.listen(Engine, "before_cursor_execute", functools.partial(_statement, control))
+    event.listen(Engine, "commit", functools.partial(_statement, control))
     daemon.BEAT = 0.2
     reconcile.run_edit = _staged(control, "edit", real_edit)
 
@@ -133,6 +139,16 @@ def _staged(control: Control, stage: str, act: Callable[..., Any]) -> Callable[.
             control.set(stage=before)
 
     return wrapped
+
+
+def _statement(control: Control, *_: Any) -> None:
+    """One statement, or a commit, is about to be sent to the database."""
+    if control.get("stage") == control.get("within"):
+        number = control.get("statements") + 1
+        control.set(statements=number)
+        if number == control.get("statement"):
+            control.set(hold=HELD_ANYWAY)
+            _wait(control, None)
 
 
 def _wait(control: Control, cancelled: threading.Event | None) -> None:

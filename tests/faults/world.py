@@ -157,7 +157,7 @@ class Nursery:
     def world(self, folder: Path) -> World:
         """A copy of the template in `folder`; nothing goes wrong yet."""
         shutil.copytree(self.made, folder / "w")
-        self.control.set(hold=0, held=0, clock=0, stage=0)
+        self.control.set(hold=0, held=0, clock=0, stage=0, statement=0)
         self.control.watch(folder / "w")
         return World(folder / "w")
 
@@ -193,6 +193,10 @@ class Nursery:
     def hold(self, stage: str) -> None:
         """Whoever comes to this stage waits there."""
         self.control.set(held=0, hold=STAGES.index(stage))
+
+    def count_statements(self, stage: str, *, hold_at: int = 0) -> None:
+        """Count what is sent to the database in this stage, and wait before the statement of that number."""
+        self.control.set(held=0, statements=0, statement=hold_at, within=STAGES.index(stage))
 
     def go_on(self) -> None:
         """Nobody waits any more."""
