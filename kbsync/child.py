@@ -96,7 +96,7 @@ def _converse(process: subprocess.Popen[bytes], job: ModelJob, progress: Progres
     try:
         process.stdin.write(job.model_dump_json().encode() + b"\n")
         process.stdin.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, ValueError):  # ValueError: it was cancelled at once, and its stdin is closed
         return {}
     answer: dict[str, Any] = {}
     for line in process.stdout:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from kbsync.control import call, serve
+from kbsync.control import Gone, call, serve
 from kbsync.errors import Busy, Held, KbsyncError
 from kbsync.progress import Progress
 
 
-def handler(command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
+def handler(command: str, arguments: dict[str, Any], user: str, progress: Progress, gone: Gone) -> dict[str, Any]:
     """Answers what it was asked, with progress; fails on request."""
     if command == "fail":
         raise Held("run 3 is held", hint="kbsync approve 3")
@@ -137,7 +137,7 @@ def test_a_client_that_does_not_say_what_it_wants_is_left(
 def test_a_command_does_not_wait_for_a_client_that_reads_nothing(tmp_path: Path) -> None:
     """Its progress is left out where there is no room for it, and what is sent stays whole lines up to the result."""
 
-    def chatty(command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
+    def chatty(command: str, arguments: dict[str, Any], user: str, progress: Progress, gone: Gone) -> dict[str, Any]:
         for step in range(20_000):
             progress("targets", step, 20_000)
         done.set()
@@ -157,7 +157,7 @@ def test_one_client_too_many_is_told_so_and_the_others_go_on(tmp_path: Path, mon
     monkeypatch.setattr("kbsync.control.CLIENTS", 2)
     path = tmp_path / "control.sock"
     with serve(path, handler), talking_to(path) as one, talking_to(path) as two, talking_to(path) as three:
-        assert "2 clients already" in heard(three)["error"]["message"]
+        assert "2 clients have not said" in heard(three)["error"]["message"]
         for client in (one, two):
             client.sendall(REQUEST)
         assert [heard(client, last=True)["result"]["user"] for client in (one, two)] == ["ada", "ada"]
@@ -172,3 +172,71 @@ def test_another_user_is_refused_whatever_the_files_mode(tmp_path: Path, monkeyp
         with talking_to(path) as client:
             client.sendall(REQUEST)
             assert "another user" in heard(client)["error"]["message"]
+
+
+def test_however_many_commands_wait_an_urgent_one_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one too many of the others is told so, in words."""
+    monkeypatch.setattr("kbsync.control.CLIENTS", 2)
+    path, editing, may_end = tmp_path / "control.sock", threading.Semaphore(0), threading.Event()
+
+    def slow(command: str, arguments: dict[str, Any], user: str, progress: Progress, gone: Gone) -> dict[str, Any]:
+        if command == "sync":
+            editing.release()
+            may_end.wait(60)
+        return {"command": command}
+
+    with serve(path, slow, urgent={"rollback"}), talking_to(path) as one, talking_to(path) as two:
+        for client in (one, two):
+            client.sendall(REQUEST)
+            assert editing.acquire(timeout=60)
+        with pytest.raises(Busy, match="2 commands wait") as caught:
+            call(path, "sync", {}, user="ada")
+        assert caught.value.hint
+        assert call(path, "rollback", {}, user="ada") == {"command": "rollback"}
+        may_end.set()
+        assert heard(one, last=True) == {"result": {"command": "sync"}}
+
+
+def test_a_handler_learns_that_its_client_has_hung_up(tmp_path: Path) -> None:
+    """Not of one that only says no more: it reads on."""
+    seen: list[bool] = []
+    asked, may_look, looked = threading.Semaphore(0), threading.Semaphore(0), threading.Semaphore(0)
+
+    def look(command: str, arguments: dict[str, Any], user: str, progress: Progress, gone: Gone) -> dict[str, Any]:
+        for _ in range(2):
+            asked.release()
+            may_look.acquire(timeout=60)
+            seen.append(gone())
+            looked.release()
+        return {}
+
+    with serve(tmp_path / "control.sock", look), talking_to(tmp_path / "control.sock") as client:
+        client.sendall(REQUEST)
+        client.shutdown(socket.SHUT_WR)
+        assert asked.acquire(timeout=60)
+        may_look.release()
+        assert looked.acquire(timeout=60)
+        client.close()
+        may_look.release()
+        assert looked.acquire(timeout=60)
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("said", [b"", b'{"error": {"kin'], ids=["nothing", "half an answer"])
+def test_a_daemon_that_ends_while_it_is_spoken_to_is_an_error_in_words(tmp_path: Path, said: bytes) -> None:
+    """The request is longer than the socket takes, so that the client is still writing as the other end goes."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control.sock"))
+        listener.listen()
+
+        def end() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1)
+            connection.sendall(said)
+            connection.close()
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        with pytest.raises(KbsyncError, match="the daemon ended before it answered"):
+            call(tmp_path / "control.sock", "sync", {"filling": "x" * (1 << 22)}, user="ada")
+        ending.join()

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,10 +34,11 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from kbsync.catalog import Catalog, load_catalog
 from kbsync.commands import BESIDE, UNDO, execute
 from kbsync.config import Workspace
-from kbsync.control import serve
+from kbsync.control import Gone, serve
 from kbsync.daemon.chores import CHORES, Chore
 from kbsync.daemon.clock import ClockWatch
 from kbsync.daemon.systemd import Manager, monotonic_usec
+from kbsync.daemon.turns import Turns
 from kbsync.daemon.work import Work
 from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
 from kbsync.ledger import Ledger
@@ -86,12 +87,9 @@ class Daemon:
         self._workspace = workspace
         self._catalog = catalog
         self._ledger = ledger
-        self._working = threading.Lock()
-        self._cancelled = threading.Event()
-        self._stopping = threading.Event()
+        self._turns = Turns()
         self._reloading = threading.Event()
         self._wake = threading.Event()
-        self._undoing = 0
         self._pulse = Pulse()
         self._work = Work()
         self._stalled: float | None = None
@@ -118,7 +116,7 @@ class Daemon:
         self._tell("starting")
         self._reconciler(USER, silent).recover()
         server = serving(self._workspace, self._ledger, self._pulse)
-        with self._signals(), serve(self._workspace.socket, self._handle), server:
+        with self._signals(), serve(self._workspace.socket, self._handle, urgent=UNDO | BESIDE), server:
             self._scheduler.add_listener(self._note_event, sum(EVENTS))
             self._schedule_all()
             self._schedule_chores()
@@ -127,7 +125,7 @@ class Daemon:
             log.info("daemon_started", workspace=str(self._workspace.root), policies=len(self._catalog.policies))
             self._pulse.phase = "running"
             self._tell(self._state(), READY="1")
-            while not self._stopping.is_set():
+            while not self._turns.stopping.is_set():
                 self._wake.wait(self._beat_seconds())
                 self._wake.clear()
                 self._watch()
@@ -163,7 +161,7 @@ class Daemon:
 
     def stop(self) -> None:
         """Ask `run` to end: no new work is begun, the current one ends or is put back within the grace time."""
-        self._stopping.set()
+        self._turns.stopping.set()
         self._wake.set()
 
     def reload(self) -> None:
@@ -195,7 +193,7 @@ class Daemon:
             return
 
         def end(number: int, _frame: FrameType | None) -> None:
-            if self._stopping.is_set():
+            if self._turns.stopping.is_set():
                 os._exit(128 + number)
             self.stop()
 
@@ -220,12 +218,12 @@ class Daemon:
         doing = self._work.words()
         status = f"stopping, waiting for the {doing}" if doing else "stopping"
         self._tell(status, STOPPING="1", EXTEND_TIMEOUT_USEC=str(round((grace + AFTER_GRACE) * 1e6)))
-        if self._working.acquire(timeout=grace / 2):
+        if not self._turns.left(grace / 2):
             return
         log.info("cancelling", reason="stopping")
-        self._cancelled.set()
-        if not self._working.acquire(timeout=grace / 2):
-            log.error("work_abandoned", reason=f"did not end within {grace:g} s")
+        self._turns.cancelled.set()
+        if left := self._turns.left(grace / 2):
+            log.error("work_abandoned", reason=f"{', '.join(left)}: did not end within {grace:g} s")
 
     # What watches the work, and what the service manager hears ---------------------------------------------------
 
@@ -249,7 +247,7 @@ class Daemon:
         since = self._stalled  # the work may end at any moment, and this with it
         if since is None:
             since = self._stalled = time.monotonic()
-            self._cancelled.set()
+            self._turns.cancelled.set()
             problem = f"no progress for {limit:.0f} s: cancelled (`stall` in kbsync.yaml allows more)"
             with suppress(KbsyncError):  # it may be the ledger that hangs
                 self._note_problem("work_stalled", self._work.words(), problem)
@@ -272,9 +270,9 @@ class Daemon:
             self._manager.say(**fields, STATUS=status)
 
     @contextmanager
-    def _doing(self, what: str) -> Iterator[None]:
-        """The one piece of work that goes on, once what went on before has ended."""
-        with self._working:
+    def _doing(self, what: str, *, undo: bool = False, gone: Gone = lambda: False) -> Iterator[None]:
+        """The one piece of work that goes on. Raises what `Turns.one` raises."""
+        with self._turns.one(what, undo=undo, gone=gone):
             self._work.begin(what)
             self._wake.set()
             try:
@@ -282,10 +280,7 @@ class Daemon:
             finally:
                 self._work.end()
                 self._wake.set()
-                if self._stalled is not None:
-                    self._stalled = None
-                    if not self._stopping.is_set():
-                        self._cancelled.clear()
+                self._stalled = None
 
     def _schedule_all(self) -> None:
         """Make the jobs those of the policies. Due now is one that never ran, one that is overdue by the ledger, and
@@ -331,9 +326,8 @@ class Daemon:
 
     def _do(self, chore: Chore) -> None:
         """One chore; alone, or beside what else is going on."""
-        with self._doing(f"chore {chore.name}") if chore.alone else nullcontext():
-            if self._stopping.is_set():
-                return
+        what = f"chore {chore.name}"
+        with suppress(Busy), self._doing(what) if chore.alone else self._turns.beside(what):
             try:
                 chore.act(self._reconciler(USER, self._work.progress if chore.alone else silent))
             except Cancelled as error:
@@ -341,12 +335,12 @@ class Daemon:
             except KbsyncError as error:
                 log.error("chore_failed", chore=chore.name, problem=error.message, hint=error.hint)
             except Exception as error:
-                self._note_problem("job_error", f"chore {chore.name}", place_of(error))
+                self._note_problem("job_error", what, place_of(error))
 
     def _pass(self, name: str) -> None:
         """One scheduled pass of a policy."""
-        with self._doing(f"pass of {name}"):
-            if self._stopping.is_set() or name not in self._catalog.policies:
+        with suppress(Busy), self._doing(f"pass of {name}"):
+            if name not in self._catalog.policies:
                 return
             self._look_ahead(name)
             try:
@@ -365,22 +359,21 @@ class Daemon:
             self._look_ahead(name)
             self._note_due(name)
 
-    def _handle(self, command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
+    def _handle(
+        self, command: str, arguments: dict[str, Any], user: str, progress: Progress, gone: Gone
+    ) -> dict[str, Any]:
         """A write command from the control socket. An undo goes before the work that is running."""
-        if self._stopping.is_set():
-            raise Busy("the daemon is stopping", hint="give the command again in a moment")
+        what = f"{command} by {user}"
         if command in BESIDE:
-            return self._execute(command, arguments, user, progress)
-        undo = command in UNDO
-        if undo:
-            self._undoing += 1
-            self._cancelled.set()
-        with self._doing(f"{command} by {user}"):
-            if undo:
-                self._undoing -= 1
-            if not self._undoing:
-                self._cancelled.clear()
-            return self._execute(command, arguments, user, self._work.watching(progress))
+            with self._turns.beside(what):
+                return self._execute(command, arguments, user, progress)
+        try:
+            with self._doing(what, undo=command in UNDO, gone=gone):
+                return self._execute(command, arguments, user, self._work.watching(progress))
+        except Cancelled as error:
+            if gone():
+                log.info("command_dropped", command=command, user=user, reason=error.message)
+            raise
 
     def _execute(self, command: str, arguments: dict[str, Any], user: str, progress: Progress) -> dict[str, Any]:
         log.info("command", command=command, user=user)
@@ -394,12 +387,12 @@ class Daemon:
             raise KbsyncError(f"{command}: {place_of(error)}", hint="this is a mistake in kbsync") from error
 
     def _reconciler(self, user: str, progress: Progress) -> Reconciler:
-        return Reconciler(self._workspace, self._catalog, self._ledger, user, progress, self._cancelled)
+        return Reconciler(self._workspace, self._catalog, self._ledger, user, progress, self._turns.cancelled)
 
     def _again(self, name: str) -> None:
         """A cancelled pass begins again in a second, after the command that cancelled it, unless the daemon is
         stopping. A job of its own: the policy's job would be skipped while it is still ending."""
-        if not self._stopping.is_set():
+        if not self._turns.stopping.is_set():
             soon = datetime.now(UTC) + timedelta(seconds=1)
             self._scheduler.add_job(
                 self._pass, "date", [name], run_date=soon, id=f"{name}, again", replace_existing=True
