@@ -17,7 +17,7 @@ from kbsync.errors import GateRejected, Inseparable
 from kbsync.facts import Applied, FactKey
 from kbsync.gate import shortfalls
 from kbsync.ledger import Ledger
-from kbsync.ledger.read_versions import REBASE
+from kbsync.ledger.read_versions import REBASE, search_of
 from kbsync.ledger.reader import Reader
 from kbsync.line import Judge, Line
 from kbsync.plan import Plan
@@ -25,7 +25,7 @@ from kbsync.plan_document import document_of
 from kbsync.planning import plan_now
 from kbsync.policy import Inverse, Policy, Relation
 from kbsync.report import Report
-from kbsync.sift import sift
+from kbsync.sift import sift, suspects
 
 __all__ = ["Carrier", "skips_known"]
 
@@ -42,7 +42,7 @@ class Carrier:
 
     def plan(self, db: Reader) -> Plan:
         """What has to be done now."""
-        return plan_now(db, self.policy, self.line.model)
+        return plan_now(db, self.policy, self.line.model, self.line.settings_digest)
 
     def carry_out(self, report: Report) -> None:
         """Versions until nothing is left to do. Raises GateRejected where the gate lets none through, and what editing
@@ -103,14 +103,16 @@ class Carrier:
                 hint="kbsync runs",
             )
         self._note_plan(batch, report)
-        anew = report.rebase is not None
-        edit = self._edit_of(batch, applied, forgotten, report)
-        if anew:
-            return line.make(edit, self.judge)
-        first = line.try_out(edit, lambda probe, _: shortfalls(probe, policy.gate))
-        if not first.rejected or not policy.gate.trials or len(set(first.result.columns)) < 2:
+        first = line.try_out(self._edit_of(batch, applied, forgotten, report), self._judge(report))
+        if not first.rejected or not policy.gate.trials or not suspects(batch, first):
             return line.settle(first)
         return self._sift(batch, first, lambda part: self._edit_of(part, applied, forgotten, report), report)
+
+    def _judge(self, report: Report) -> Judge:
+        """The policy's own gate; of a rebase, which mixes policies, that of all."""
+        if report.rebase is not None:
+            return self.judge
+        return lambda probe, _: shortfalls(probe, self.policy.gate)
 
     def _edit_of(
         self, batch: Plan, applied: Mapping[FactKey, Applied], forgotten: Collection[str], report: Report
@@ -140,14 +142,8 @@ class Carrier:
     def _sift(self, batch: Plan, first: Tried, edit_of: Callable[[Plan], Edit], report: Report) -> Outcome:
         """Search a rejected batch for the facts to blame, hold them, publish the rest. The outcome is rejected where
         that leaves all as it was."""
-        gate = self.policy.gate
         found = sift(
-            self.line,
-            batch,
-            first,
-            judge=lambda probe: shortfalls(probe, gate),
-            edit_of=edit_of,
-            trials=gate.trials,
+            self.line, batch, first, judge=self._judge(report), edit_of=edit_of, trials=self.policy.gate.trials
         )
         with self.ledger.write() as db:
             for probe in found.reports():
@@ -159,7 +155,8 @@ class Carrier:
             report.notes.append(found.nothing)
             return replace(outcome, held=first.held, rejected=first.rejected)
         self._note_plan(found.rest, report)
-        self._note_rejected(batch.digest, batch.head, Outcome(first.result, None, (), first.rejected), report)
+        rejected = Outcome(first.result, None, (), first.rejected)
+        self._note_rejected(search_of(report.run_id), batch.head, rejected, report)
         report.searches.append(found.to_json(outcome))
         return outcome
 

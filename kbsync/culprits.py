@@ -5,10 +5,10 @@
         search.told(passes(search.candidate))
     search.accepted, search.guilty, search.crowded, search.undecided
 
-The first candidate is the empty one: where the version falls short without any of the facts, none is to blame. Then a
-set that fails is halved: the better half is tried beside what is accepted so far; where it passes, the worse half is
-known to fail beside it, untried. So g guilty facts among n cost O(g log n) trials (adaptive group testing: Hwang 1972;
-of changes to a program: Zeller and Hildebrandt 2002).
+The first candidate is the empty one: where the version falls short without any of the facts, none is to blame; a single
+fact is, where it does not. A set that fails is halved: the better half is tried beside what is accepted so far; where
+it passes, the worse half is known to fail beside it, untried. So g guilty facts among n cost O(g log n) trials
+(adaptive group testing: Hwang 1972; of changes to a program: Zeller and Hildebrandt 2002).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Search:
         self.trials = 0
         self._room = FULL
         self._steps = self._search()
-        self.candidate: tuple[str, ...] | None = next(self._steps) if trials else None
+        self.candidate: tuple[str, ...] | None = next(self._steps) if trials and suspects else None
 
     @property
     def full(self) -> bool:

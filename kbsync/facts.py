@@ -379,7 +379,8 @@ class Hold:
     """A key frozen for one model at what HEAD held for it (`frozen`; None: nothing), and the change held out.
 
     `held_out` is the object id that is kept out of the weights; None where a retraction is kept out. The hold ends by
-    `release`, or when the source gives a third object (neither the frozen nor the held-out one).
+    `release`, when the source gives a third object (neither the frozen nor the held-out one), or, where the gate placed
+    it, when the settings are other ones.
     """
 
     key: FactKey

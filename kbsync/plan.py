@@ -88,8 +88,8 @@ class Plan:
     """What brings the version `head` of `model` in line with the ledger. All tuples are sorted by key.
 
     `known`: keys that the base model answers by itself and that need no edit; `held`: changes that holds keep out;
-    `ended_holds`: holds that a third object has ended, to be released when the plan is carried out; `unchanged`: keys
-    that the weights hold as wanted.
+    `ended_holds`: holds that a third object or other settings have ended, to be released when the plan is carried out;
+    `unchanged`: keys that the weights hold as wanted.
     """
 
     model: str
@@ -195,14 +195,15 @@ def make_plan(
     known: Collection[str] = (),
     moved: Mapping[str, str] | None = None,
     faded: Collection[str] = (),
+    outdated: Collection[FactKey] = (),
     model: str,
     head: int,
 ) -> Plan:
     """What has to be edited into and taken out of version `head` so that it holds the desired facts.
 
     Only relations in `wording` are touched. Withdrawn facts that the ledger keeps are desired. A held key stays at what
-    its hold froze until a third object ends the hold; a protected subject stays as it is, under every id
-    that it has had (`moved`: ids that were merged -> the id of now). `known` are the digests of
+    its hold froze until a third object ends the hold, or it is `outdated`; a protected subject stays as it is, under
+    every id that it has had (`moved`: ids that were merged -> the id of now). `known` are the digests of
     requests that the base model answers by itself: relations with `skip_known` take no edit for them. A request that
     would contradict another one with the same prompt, or that does not name its subject exactly once, is blocked. What
     is to go and shares its column with a fact that stays (two subjects written alike) goes when that one does.
@@ -218,7 +219,7 @@ def make_plan(
         want, now, hold = wants.get(key), ours.get(key), holds.get(key)
         if key in protected:
             _pin(draft, key, now)
-        elif hold is not None and not _ended_by(hold, want):
+        elif hold is not None and key not in outdated and not _ended_by(hold, want):
             _freeze(draft, hold, want)
         else:
             if hold is not None:

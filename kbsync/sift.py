@@ -3,8 +3,9 @@
     found = sift(line, batch, first, judge=…, edit_of=…, trials=20)
     found.publish()                  # one version with what passes together; the holds are placed with it
 
-Each part is tried as the version would be made: inserted into the live one in a child process and probed. Target
-vectors are stored from the first attempt, so that a trial costs an insertion and a probe.
+Each part is tried as the version would be made: inserted into the live one, or a rebase with it, in a child process and
+probed. Target vectors are stored from the first attempt, so that a trial costs an insertion and a probe. Suspects are
+the batch's own edits, not what the live version holds.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kbsync.culprits import Search, worst_first
-from kbsync.edit import Edit, Outcome, Tried, hold_out
+from kbsync.edit import Edit, Outcome, Tried, held_facts, hold_out
 from kbsync.editor.job import EditResult
 from kbsync.errors import Inseparable
-from kbsync.facts import Hold
-from kbsync.line import Line
+from kbsync.facts import Applied, FactKey, Hold
+from kbsync.line import Judge, Line
 from kbsync.plan import Plan, PlannedEdit
 
-__all__ = ["Sifted", "sift"]
+__all__ = ["Sifted", "sift", "suspects"]
 
 WHOLE_VERSION = ("specificity_drop", "drift")
 """Numbers of a probe report that add up over all facts of a version."""
-ROOM = "a rebase, another strategy or another gate makes room"
+ROOM = "another gate or strategy makes room, or kbsync rebase and then kbsync release"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +63,6 @@ class Sifted:
         return None if found is None or found.reasons else found.tried
 
     @property
-    def held(self) -> tuple[Hold, ...]:
-        """A hold on each fact to blame, on those for which there is no room, and on those that failed by themselves."""
-        if (version := self.version) is None:
-            return ()
-        with self.line.ledger.read() as db:
-            standing = db.holds(self.line.model)
-        said = {digest: self._evidence(digest) for digest in (*self.search.guilty, *self.search.crowded)}
-        if self.search.full:
-            said |= dict.fromkeys(self.search.undecided, self._no_room())
-        edits = {planned.request.key: planned for planned in self.batch.edits}
-        failed = [replace(hold, frozen=version.staying.get(hold.key)) for hold in self.first.held if hold.key in edits]
-        guilty = [
-            hold_out(planned, "gate", said[digest], version.staying, standing)
-            for planned in self.batch.edits
-            if (digest := planned.request.digest) in said
-        ]
-        return (*failed, *guilty)
-
-    @property
     def undecided(self) -> list[PlannedEdit]:
         """What the next pass tries again: the budget ended before it was decided."""
         names = set() if self.search.full else set(self.search.undecided)
@@ -90,17 +72,33 @@ class Sifted:
     def nothing(self) -> str:
         """Why the search leaves all as it was, in words."""
         if self.search.short:
+            what, room = self._without
             reasons = "; ".join(self._trial().reasons)
-            return f"the live version falls short without any of these facts, so none is to blame: {reasons}: {ROOM}"
+            return f"{what} falls short without any of these facts, so none is to blame: {reasons}: {room} makes room"
         tried = f"{self.search.trials} of its parts were tried (gate.trials)"
         return f"which facts are to blame was not found: {tried}"
 
     def publish(self) -> Outcome:
-        """Publish what is accepted and place the holds, in one transaction. Raises what `Line.settle` raises."""
+        """Publish what is accepted and place the holds, in one transaction: on the facts to blame, on those for which
+        there is no room, and on those that failed by themselves. Where none is accepted and nothing is to leave the
+        weights, they stay as they are: a rebase only for its own sake is not published.
+
+        Raises what `Line.settle` raises.
+        """
         if (version := self.version) is None:
             return Outcome(self.first.result, None, (), self.first.rejected)
-        held = self.held
-        outcome = self.line.settle(replace(version, edit=replace(version.edit, holds=held)))
+        with self.line.ledger.read() as db:
+            applied, standing = db.applied(self.line.model, version.head), db.holds(self.line.model)
+        if self.rest.empty:
+            held = self._held(applied, standing)
+            with self.line.ledger.write() as db:
+                for hold in held:
+                    db.hold(self.line.model, hold, run_id=version.edit.run_id)
+            return Outcome(version.result, None, held)
+        held = self._held(version.staying, standing)
+        edit = replace(version.edit, holds=held)
+        failed = held_facts(edit, version.result, version.staying, standing)
+        outcome = self.line.settle(replace(version, edit=edit, held=failed))
         return replace(outcome, held=(*held, *outcome.held))
 
     def unpublished(self, outcome: Outcome) -> list[EditResult]:
@@ -141,8 +139,28 @@ class Sifted:
 
     def _part(self, digests: Sequence[str]) -> Plan:
         """The batch with these of its suspects; what got no column is in no one's way and stays in."""
-        out = {fact.digest for fact in self.first.result.failed} | set(self.first.result.columns) - set(digests)
+        out = {fact.digest for fact in self.first.result.failed} | set(suspects(self.batch, self.first)) - set(digests)
         return self.batch.only({edit.request.key for edit in self.batch.edits if edit.request.digest not in out})
+
+    @property
+    def _without(self) -> tuple[str, str]:
+        """What the empty candidate is, and what makes room where that falls short."""
+        if self.first.edit.kind == "rebase":
+            return "a rebase of what HEAD holds", "another strategy or another gate"
+        return "the live version", "a rebase, another strategy or another gate"
+
+    def _held(self, staying: Mapping[FactKey, Applied], standing: Mapping[FactKey, Hold]) -> tuple[Hold, ...]:
+        """The holds to place, where the weights hold `staying` afterwards."""
+        said = {digest: self._evidence(digest) for digest in (*self.search.guilty, *self.search.crowded)}
+        if self.search.full:
+            said |= dict.fromkeys(self.search.undecided, self._no_room())
+        tried = replace(self.first.edit, edits=self.batch.edits)
+        guilty = [
+            hold_out(planned, "gate", said[digest], staying, standing)
+            for planned in self.batch.edits
+            if (digest := planned.request.digest) in said
+        ]
+        return (*held_facts(tried, self.first.result, staying, standing), *guilty)
 
     def _trial(self, *digests: str) -> _Trial:
         """What is known of a set: all suspects together are the batch as it was rejected."""
@@ -156,7 +174,7 @@ class Sifted:
         names = [reason.partition(" ")[0] for reason in bad.reasons]
         without = [f"{name} {value:.3f}" for name in names if (value := good.probe.get(name)) is not None]
         others = f"beside {len(beside)} others of its batch" if beside else "alone"
-        said = f"{'; '.join(bad.reasons)} with it, {others}" + (f"; {', '.join(without)} without it" if without else "")
+        said = f"{'; '.join(bad.reasons)} with it, {others}; {', '.join(without) or 'passes'} without it"
         return f"{said}; alone it passes: {ROOM}" if digest in self.search.crowded else said
 
     def _no_room(self) -> str:
@@ -166,12 +184,18 @@ class Sifted:
         return f"no room beside {len(self.search.accepted)} others of its batch ({numbers}): {ROOM}"
 
 
+def suspects(batch: Plan, first: Tried) -> list[str]:
+    """The digests of the batch's own edits that are in the version that was tried, those first that look worst."""
+    there = {planned.request.digest for planned in batch.edits} & set(first.result.columns)
+    return [digest for digest in worst_first(first.result.probe) if digest in there]
+
+
 def sift(
     line: Line,
     batch: Plan,
     first: Tried,
     *,
-    judge: Callable[[Mapping[str, Any]], Sequence[str]],
+    judge: Judge,
     edit_of: Callable[[Plan], Edit],
     trials: int,
 ) -> Sifted:
@@ -179,13 +203,12 @@ def sift(
 
     Nothing is published. Raises what `Line.try_out` raises, but Inseparable: a part that cannot be made fails.
     """
-    columns = set(first.result.columns)
-    suspects = [digest for digest in worst_first(first.result.probe) if digest in columns]
-    found = Sifted(line, batch, first, Search(suspects, trials))
+    found = Sifted(line, batch, first, Search(suspects(batch, first), trials))
     while (candidate := found.search.candidate) is not None:
         try:
             tried = line.try_out(edit_of(found._part(candidate)), None)
-            trial = _Trial(tried, judge(tried.result.probe))
+            requests = [planned.request for planned, _ in tried.facts]
+            trial = _Trial(tried, [*tried.rejected, *judge(tried.result.probe, requests)])
         except Inseparable as error:
             trial = _Trial(None, [error.message])
         found.trials[frozenset(candidate)] = trial

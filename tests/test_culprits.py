@@ -77,6 +77,17 @@ def test_where_the_version_falls_short_without_any_no_fact_is_to_blame() -> None
     assert (search.short, search.trials, search.guilty, search.undecided) == (True, 1, {}, names(5))
 
 
+def test_a_single_fact_is_convicted_by_one_trial_without_it() -> None:
+    search = Search(["it"], trials=1)
+    assert run(search, lambda candidate: not candidate) == {frozenset(): True}
+    assert (search.guilty, search.crowded, search.accepted, search.undecided) == ({"it": ()}, {}, (), [])
+
+
+def test_where_there_are_no_suspects_nothing_is_tried() -> None:
+    search = Search([], trials=20)
+    assert (search.candidate, search.trials, search.short, search.undecided) == (None, 0, False, [])
+
+
 def test_without_trials_nothing_is_tried() -> None:
     search = Search(names(5), trials=0)
     assert (search.candidate, search.trials, search.undecided) == (None, 0, names(5))

@@ -289,6 +289,18 @@ def test_a_third_object_ends_a_hold(frozen: Fact | None, held_out: str | None) -
     assert kinds(plan) == {ANN: ("changed" if frozen else "added", "Rome" if frozen else None, "Bonn")}
 
 
+def test_an_outdated_hold_ends_and_its_object_is_planned_like_any_other() -> None:
+    """Only that of the key named: its neighbour stays held."""
+    plan = plan_of(
+        state(fact("Ann", "Oslo"), fact("Bob", "Oslo")),
+        in_weights(OLD),
+        [hold(OLD, "Oslo"), hold(None, "Oslo", key=BOB)],
+        outdated=[ANN],
+    )
+    assert (plan.ended_holds, [change.key for change in plan.held]) == ((ANN,), [BOB])
+    assert kinds(plan) == {ANN: ("changed", "Rome", "Oslo")}
+
+
 def test_a_held_key_is_not_re_rendered() -> None:
     """Frozen is frozen, in its old words."""
     renamed = fact("Ann", "Rome", written="Anna")

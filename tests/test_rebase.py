@@ -235,7 +235,8 @@ def test_a_rejected_rebase_holds_up_no_edit_in_mode_auto(made: TestWorkspace, mo
             assert row(reconciler).number == 2
         else:
             assert (report.status, row(reconciler).kind, holds(reconciler)["Vega"]) == ("done", kind, "Lyra")
-            assert "was rejected" in report.notes[0]
+            assert "a rebase of what HEAD holds falls short without any of these facts" in report.notes[0]
+            assert "was rejected" in report.notes[1]
 
 
 def test_a_rejected_rebase_is_tried_again_after_as_many_versions_or_with_other_settings(made: TestWorkspace) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kbsync.editor.job import EditJob, EditResult
 from kbsync.facts import FactKey, Hold
 from kbsync.reconcile import Reconciler
 from kbsync.report import Report
@@ -15,6 +17,9 @@ from tests.workspaces import POLICY, TestWorkspace, workspace
 
 GATE = "gate: {efficacy: 0.0, paraphrase: 0.0, specificity_drop: 100%%, drift: 1000}"
 STARS = {f"Star{letter}": f"Home{letter}" for letter in "ABCDEFGH"}
+IDS = {name: name for name in STARS}
+BY_COLUMN = (20, 60)
+"""A matrix so large that the stars' deltas have a column per fact."""
 
 pytestmark = pytest.mark.usefixtures("one_cache")
 
@@ -23,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_cache")
 def made(tmp_path: Path) -> TestWorkspace:
     """Eight stars with an object each; a version may drift by 0.1."""
     made = workspace(tmp_path, {})
-    made.feed(STARS, ids={name: name for name in STARS})
+    made.feed(STARS, ids=IDS)
     gate(made, "drift: 0.1")
     return made
 
@@ -108,9 +113,9 @@ def test_several_guilty_facts_are_found_and_a_failed_one_is_held_as_ever(made: T
 
 
 def test_a_changed_fact_that_is_to_blame_keeps_its_old_value_in_the_weights(made: TestWorkspace) -> None:
-    sync(made, StandIn(shape=(20, 60)))
-    made.feed(STARS | {"StarA": "Bad", "StarB": "Good"}, ids={name: name for name in STARS})
-    report = sync(made, StandIn(drifts={"Bad": 0.5}, shape=(20, 60)))
+    sync(made, StandIn(shape=BY_COLUMN))
+    made.feed(STARS | {"StarA": "Bad", "StarB": "Good"}, ids=IDS)
+    report = sync(made, StandIn(drifts={"Bad": 0.5}, shape=BY_COLUMN))
     assert report.versions == [2]
     assert in_weights(made) == set(STARS.values()) - {"HomeB"} | {"Good"}
     hold = held(made)["StarA"]
@@ -118,21 +123,143 @@ def test_a_changed_fact_that_is_to_blame_keeps_its_old_value_in_the_weights(made
     assert (hold.frozen.request.target, hold.held_out) == ("HomeA", "stars:Bad")
 
 
-def test_releasing_the_hold_tries_the_fact_again_and_a_rejected_one_is_not_tried_twice(made: TestWorkspace) -> None:
+def test_each_release_of_the_hold_tries_the_fact_once_and_it_is_held_again(made: TestWorkspace) -> None:
     engine = StandIn(drifts={"HomeC": 0.5})
     sync(made, engine)
-    key = FactKey("constellation", "stars:StarC")
-    with made.open() as reconciler:
-        release(reconciler.line(), [key])
-    report = sync(made, engine)
-    assert (report.status, report.exit_code) == ("rejected", 4)
-    edits = engine.edits
-    assert sync(made, engine).exit_code == 4
-    assert engine.edits == edits
+    for _ in range(2):
+        with made.open() as reconciler:
+            release(reconciler.line(), [FactKey("constellation", "stars:StarC")])
+        edits = engine.edits
+        report = sync(made, engine)
+        assert (report.status, report.exit_code, report.searches[0]["trials"]) == ("rejected", 4, 1)
+        assert list(held(made)) == ["StarC"]
+        assert sync(made, engine).exit_code == 0
+        assert engine.edits == edits + 2
     engine.drifts = {}
-    gate(made, "drift: 0.2")
+    with made.open() as reconciler:
+        release(reconciler.line(), everything=True)
     assert sync(made, engine).versions == [2]
     assert in_weights(made) == set(STARS.values())
+
+
+def test_a_single_fact_that_is_to_blame_keeps_no_other_from_leaving(made: TestWorkspace) -> None:
+    policy = made.root / "policies" / "sky.yaml"
+    policy.write_text(policy.read_text().replace("controls.txt", "controls.txt\n    retract: revert"))
+    sync(made, StandIn(shape=BY_COLUMN))
+    rest = {star: home for star, home in STARS.items() if star != "StarH"}
+    made.feed(rest | {"StarA": "Bad"}, ids=IDS)
+    report = sync(made, StandIn(drifts={"Bad": 0.5}, shape=BY_COLUMN))
+    assert (report.status, report.exit_code, report.versions) == ("done", 0, [2])
+    assert in_weights(made) == set(rest.values())
+    [(star, hold)] = held(made).items()
+    assert (star, hold.evidence) == ("StarA", "drift 0.500 is above 0.1 with it, alone; drift 0.000 without it")
+
+
+def test_a_guilty_version_of_one_fact_holds_up_none_of_the_others(made: TestWorkspace) -> None:
+    policy = made.root / "policies" / "sky.yaml"
+    policy.write_text(policy.read_text() + "batch: {max_facts: 1}\n")
+    report = sync(made, StandIn(drifts={"HomeA": 0.5}, shape=BY_COLUMN))
+    assert (report.status, report.exit_code, report.versions) == ("done", 0, [1, 2, 3, 4, 5, 6, 7])
+    assert list(held(made)) == ["StarA"]
+    assert in_weights(made) == set(STARS.values()) - {"HomeA"}
+
+
+def test_a_faded_fact_whose_edit_is_to_blame_is_held_at_its_old_column(made: TestWorkspace) -> None:
+    engine = StandIn(shape=BY_COLUMN)
+    sync(made, engine)
+    engine.forgotten = {"HomeA"}
+    with made.open() as reconciler:
+        reconciler.run_ask = engine.ask
+        reconciler.recheck(everything=True)
+
+    def drifting(job: EditJob, **kwargs: Any) -> EditResult:
+        engine.drift = 0.5 if job.requests else 0.0
+        return engine(job, **kwargs)
+
+    with made.open() as reconciler:
+        reconciler.run_edit = drifting
+        [first], [second] = reconciler.sync(), reconciler.sync()
+    assert (first.status, first.exit_code, second.status, second.exit_code) == ("rejected", 4, "done", 0)
+    [(star, hold)] = held(made).items()
+    assert (star, hold.reason, hold.frozen and hold.frozen.object_id) == ("StarA", "gate", "stars:HomeA")
+    assert in_weights(made) == set(STARS.values())
+
+
+def test_what_only_leaves_the_weights_is_not_searched(made: TestWorkspace) -> None:
+    policy = made.root / "policies" / "sky.yaml"
+    policy.write_text(policy.read_text().replace("controls.txt", "controls.txt\n    retract: revert"))
+    sync(made, StandIn(shape=BY_COLUMN))
+    made.feed({star: home for star, home in STARS.items() if star != "StarH"}, ids=IDS)
+    engine = StandIn(drift=0.5, shape=BY_COLUMN)
+    report = sync(made, engine)
+    assert (report.status, report.searches, report.notes, engine.edits) == ("rejected", [], [], 1)
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("rebase", BY_COLUMN), ("auto", (4, 9))])
+def test_a_rebase_is_searched_for_its_new_facts_whether_by_mode_or_because_one_has_to_leave_a_whole_delta(
+    made: TestWorkspace, mode: str, shape: tuple[int, int]
+) -> None:
+    made.strategy(mode=mode)
+    sync(made, StandIn(shape=shape))
+    made.feed(STARS | {"StarA": "Bad", "StarB": "Good", "StarC": "Never"}, ids=IDS)
+    report = sync(made, StandIn(drifts={"Bad": 0.5}, failing={"Never"}, shape=shape))
+    assert (report.status, report.exit_code, report.versions) == ("done", 0, [2])
+    assert report.rebase is not None
+    assert in_weights(made) == set(STARS.values()) - {"HomeB"} | {"Good"}
+    found = held(made)
+    assert {star: hold.reason for star, hold in found.items()} == {"StarA": "gate", "StarC": "probe"}
+    assert {hold.frozen.request.target for hold in found.values() if hold.frozen} == {"HomeA", "HomeC"}
+    assert found["StarA"].evidence.startswith("drift 0.500 is above 0.1 with it")
+    assert found["StarA"].evidence.endswith("drift 0.000 without it")
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        assert db.version(reconciler.line().model, 2).kind == "rebase"
+    again = sync(made, StandIn(drifts={"Bad": 0.5}, failing={"Never"}, shape=shape))
+    assert (again.status, again.versions) == ("done", [])
+
+
+def test_a_fact_to_blame_whose_old_value_fails_in_the_rebase_stays_held_against_what_is_to_blame(
+    made: TestWorkspace,
+) -> None:
+    made.strategy(mode="rebase")
+    sync(made, StandIn(shape=BY_COLUMN))
+    made.feed(STARS | {"StarA": "Bad", "StarB": "Good"}, ids=IDS)
+    engine = StandIn(drifts={"Bad": 0.5}, failing={"HomeA"}, shape=BY_COLUMN)
+    assert sync(made, engine).versions == [2]
+    [(star, hold)] = held(made).items()
+    assert (star, hold.reason, hold.frozen, hold.held_out) == ("StarA", "gate", None, "stars:Bad")
+    assert hold.evidence.startswith("drift 0.500 is above 0.1 with it")
+    assert hold.evidence.endswith("; not learned")
+    assert in_weights(made) == set(STARS.values()) - {"HomeA", "HomeB"} | {"Good"}
+    assert sync(made, engine).versions == []
+
+
+def test_a_rebase_of_which_all_new_facts_are_held_is_not_made_for_its_own_sake(made: TestWorkspace) -> None:
+    few = {star: STARS[star] for star in ("StarA", "StarB")}
+    for feed in (few, STARS):
+        made.feed(feed, ids=IDS)
+        sync(made, StandIn(shape=BY_COLUMN))
+    made.strategy(mode="rebase")
+    made.feed(STARS | {"StarA": "Bad"}, ids=IDS)
+    engine = StandIn(drifts={"Bad": 0.5}, shape=BY_COLUMN)
+    report = sync(made, engine)
+    assert (report.status, report.exit_code, report.versions, engine.edits) == ("rejected", 4, [], 2)
+    hold = held(made)["StarA"]
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        assert hold.frozen == db.applied(reconciler.line().model, 2)[hold.key]
+    assert sync(made, engine).exit_code == 0
+    assert engine.edits == 2
+
+
+def test_where_a_rebase_falls_short_without_its_new_facts_none_is_held(made: TestWorkspace) -> None:
+    made.strategy(mode="rebase")
+    sync(made, StandIn(shape=BY_COLUMN))
+    made.feed(STARS | {"StarA": "Good"}, ids=IDS)
+    engine = StandIn(drifts={"HomeB": 0.5}, shape=BY_COLUMN)
+    report = sync(made, engine)
+    assert (report.status, report.exit_code, held(made), engine.edits) == ("rejected", 4, {}, 2)
+    assert "a rebase of what HEAD holds falls short without any of these facts" in report.notes[0]
+    assert sync(made, engine).exit_code == 4
+    assert engine.edits == 2
 
 
 def test_where_all_are_to_blame_all_are_held_and_nothing_is_published(made: TestWorkspace) -> None:
@@ -157,6 +284,27 @@ def test_a_limit_that_only_all_together_break_is_filled_and_the_rest_is_held_for
     found = held(made)
     assert len(found) == 5
     assert all("makes room" in hold.evidence for hold in found.values())
+
+
+@pytest.mark.usefixtures("database")
+def test_what_the_gate_holds_is_tried_again_once_a_gate_is_another_one_and_no_other_hold_is(
+    made: TestWorkspace,
+) -> None:
+    engine = StandIn(drifts=dict.fromkeys(STARS.values(), 0.03) | {"HomeB": 0.5}, failing={"HomeA"}, shape=BY_COLUMN)
+    sync(made, engine)
+    before = held(made)
+    assert {star for star, hold in before.items() if hold.reason == "probe"} == {"StarA"}
+    assert len(before) == 5
+    edits = engine.edits
+    assert sync(made, engine).plan.ended_holds == ()
+    assert engine.edits == edits
+    gate(made, "drift: 0.3")
+    with made.open() as reconciler:
+        [planned] = reconciler.plan()
+    assert {key.subject for key in planned.plan.ended_holds} == {f"stars:{star}" for star in before.keys() - {"StarA"}}
+    report = sync(made, engine)
+    assert (report.exit_code, report.versions) == (0, [2])
+    assert {star: hold.reason for star, hold in held(made).items()} == {"StarA": "probe", "StarB": "gate"}
 
 
 def test_the_budget_bounds_a_run_and_the_next_pass_goes_on(made: TestWorkspace) -> None:

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 
 from kbsync.errors import UsageError
 from kbsync.facts import Applied, EditRequest, FactKey, Hold
@@ -18,12 +18,18 @@ from kbsync.ledger.entities import follow_applied, follow_key, redirects_in
 from kbsync.ledger.records import HeadMove, HoldRow, ModelRow, Placement, ProbeRow, VersionRow
 from kbsync.versions.manifest import ActiveDelta
 
-__all__ = ["REBASE", "RETIRE", "VersionReader"]
+__all__ = ["REBASE", "RETIRE", "VersionReader", "search_of"]
 
 REBASE = "rebase"
 """In the place of a plan's digest: a rebase that was due by itself, whatever else was to go into it."""
 RETIRE = "retire"
 """The entry of the audit log by which a model's versions so far were given up."""
+
+
+def search_of(run_id: int | None) -> str:
+    """In the place of a plan's digest: what a run searched for the facts to hold. Once they are released, that very
+    plan is tried again."""
+    return f"search {run_id}"
 
 
 class VersionReader(Session):
@@ -238,6 +244,18 @@ class VersionReader(Session):
             table.c.head == head,
         )
         return self._connection.execute(query).first() is not None
+
+    def outdated_holds(self, model: str, settings_digest: str) -> set[FactKey]:
+        """The keys that the gate holds since a search with other settings than these: it may let them pass now."""
+        hold, rejected = schema.hold, schema.rejected_plan
+        same = and_(rejected.c.model == hold.c.model, rejected.c.run_id == hold.c.run_id)
+        query = (
+            select(hold.c.relation, hold.c.subject_id)
+            .join(rejected, same)
+            .where(hold.c.model == model, hold.c.until.is_(None), hold.c.reason == "gate")
+            .where(rejected.c.settings_digest != settings_digest)
+        )
+        return {FactKey(*row) for row in self._connection.execute(query)}
 
     def rejected_rebases(self, model: str, settings_digest: str) -> set[int]:
         """The versions on which a rebase that was due by itself was rejected with these settings."""

@@ -186,7 +186,8 @@ class VersionWriter(VersionReader, Auditor):
         run_id: int | None = None,
         reason: str = "",
     ) -> None:
-        """The gate refused this plan (REBASE: a rebase that was due by itself) with these settings on this HEAD."""
+        """The gate refused this plan (REBASE: a rebase that was due by itself; `search_of` a run: what it then searched
+        for the facts to hold) with these settings on this HEAD."""
         key = {"model": model, "plan_digest": plan_digest, "settings_digest": settings_digest, "head": head}
         row = {**key, "run_id": run_id, "reason": reason, "rejected_at": self.now}
         upsert(self._connection, schema.rejected_plan, [row])
