@@ -72,7 +72,8 @@ class Carrier:
     def _next_version(self, plan: Plan, report: Report) -> Outcome:
         """As a rebase with the whole plan in it, where one is due, else of at most `batch.max_facts` facts on the live
         version; as a rebase after all where a fact cannot leave that version otherwise. In mode auto a rebase that is
-        rejected holds nothing up: it is tried again `rebase_every` versions later, or with other settings."""
+        rejected, no new fact being to blame, holds nothing up: it is tried again `rebase_every` versions later, or with
+        other settings."""
         line = self.line
         report.rebase = line.rebase_due(plan.leaving)
         if report.rebase is not None:
