@@ -1,6 +1,6 @@
 """Metrics for Prometheus: read from the ledger when they are asked for, so that counters outlive every restart.
 
-print(Exposition(workspace, ledger)().decode())
+print(Exposition(workspace, ledger, lambda: catalog)().decode())
 
 Names and units follow https://prometheus.io/docs/practices/naming/; docs/metrics.md explains each. Points in time are
 exported as such (`_timestamp_seconds`), not as ages: `time() - x` in a rule goes on counting while nobody scrapes.
@@ -18,9 +18,8 @@ from typing import Any, Literal
 from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 
-from kbsync.catalog import Catalog, load_catalog
+from kbsync.catalog import Catalog
 from kbsync.config import Workspace
-from kbsync.errors import KbsyncError
 from kbsync.ledger import Ledger
 from kbsync.samples import Sample, samples
 
@@ -59,7 +58,8 @@ DECLARED: Sequence[Declared] = (
     _declared("gauge", "heartbeat_timestamp_seconds", "Last sign of life of a part of the daemon.", "part"),
     _declared("gauge", "exposition_seconds", "How long these metrics took to read."),
     _declared("counter", "notices_total", "Notices to people.", "kind"),
-    _declared("gauge", "notices_undelivered", "Notices that have not come through.", "channel"),
+    _declared("gauge", "notices_undelivered", "Notices that are still to come through.", "channel"),
+    _declared("counter", "notices_given_up_total", "Notices that never came through.", "channel"),
     _declared("counter", "runs_total", "Runs that are over, by how they ended.", "policy", "status"),
     _declared("gauge", "running_runs", "Runs that are going on.", "policy"),
     _declared("summary", "run_phase_seconds", "What the phases of runs took.", "policy", "phase"),
@@ -136,40 +136,36 @@ def to_json(found: Iterable[Sample]) -> list[dict[str, Any]]:
 class Exposition:
     """The text of /metrics, made anew when the last one is no longer good. Thread-safe.
 
-    `checks`: those of the daemon that this is; with it come memory, processor time and open files of this process, as
-    `process_*`.
+    `catalog`: gives the sources and policies that are in force. `checks`: those of the daemon that this is; with it
+    come memory, processor time and open files of this process, as `process_*`.
     """
 
     def __init__(
-        self, workspace: Workspace, ledger: Ledger, *, fresh: float = FRESH, checks: Checks | None = None
+        self,
+        workspace: Workspace,
+        ledger: Ledger,
+        catalog: Callable[[], Catalog],
+        *,
+        fresh: float = FRESH,
+        checks: Checks | None = None,
     ) -> None:
-        self._workspace, self._ledger, self._fresh, self._checks = workspace, ledger, fresh, checks
+        self._workspace, self._ledger, self._catalog, self._fresh = workspace, ledger, catalog, fresh
+        self._checks = checks
         self._process = ProcessCollector(registry=None) if checks else None
-        self._catalog: Catalog | None = None
         self._lock = threading.Lock()
         self._good_until = 0.0
         self._text = b""
 
     def __call__(self) -> bytes:
-        """The text, in UTF-8. Raises LedgerError or Busy where the ledger cannot be read, ConfigError where a policy
-        or a source cannot."""
+        """The text, in UTF-8. Raises LedgerError or Busy where the ledger cannot be read."""
         with self._lock:
             if (start := time.monotonic()) >= self._good_until:
-                found = measure(self._workspace, self._declared_now(), self._ledger)
+                found = measure(self._workspace, self._catalog(), self._ledger)
                 found += [("check_ok", (name,), ok) for name, ok in (self._checks() if self._checks else {}).items()]
                 self._text = generate_latest(_Families(found, self._process))
                 now = time.monotonic()
                 self._good_until = now + max(self._fresh, SHARE * (now - start) if self._fresh else 0.0)
             return self._text
-
-    def _declared_now(self) -> Catalog:
-        """The sources and policies; where a file is wrong, those of before, with which the daemon goes on, too."""
-        try:
-            self._catalog = load_catalog(self._workspace)
-        except KbsyncError:
-            if self._catalog is None:
-                raise
-        return self._catalog
 
 
 class _Families:

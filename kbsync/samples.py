@@ -51,8 +51,8 @@ def samples(workspace: Workspace, catalog: Catalog, ledger: Ledger, now: datetim
 
 def _in_ledger(workspace: Workspace, catalog: Catalog, db: Reader, now: datetime) -> Iterator[Sample]:
     yield from _daemon(workspace, db)
-    yield from _runs(db)
-    yield from _sources(db)
+    yield from _runs(catalog, db)
+    yield from _sources(catalog, db)
     yield from _facts(db)
     yield from _freshness(catalog, db, now)
     if model := db.model_named(workspace.settings.model):
@@ -67,10 +67,15 @@ def _daemon(workspace: Workspace, db: Reader) -> Iterator[Sample]:
         yield "heartbeat_timestamp_seconds", (part,), beat.at.timestamp()
     yield "ledger_bytes", (), db.size()
     yield from _counted("notices_total", db.notice_counts())
-    yield from _counted("notices_undelivered", db.undelivered())
+    channels = [channel.name for channel in workspace.settings.notify.channels]
+    waiting, given_up = db.undelivered(), db.given_up()
+    for name in channels:
+        yield "notices_undelivered", (name,), waiting.get(name, 0)
+        yield "notices_given_up_total", (name,), given_up.get(name, 0)
 
 
-def _runs(db: Reader) -> Iterator[Sample]:
+def _runs(catalog: Catalog, db: Reader) -> Iterator[Sample]:
+    """How a policy stands that is no longer declared is nothing that anybody could still mend."""
     for (policy, status), number in db.run_counts().items():
         if status == "running":
             yield "running_runs", (policy,), number
@@ -80,8 +85,11 @@ def _runs(db: Reader) -> Iterator[Sample]:
         yield "held_runs", (policy,), number
         yield "held_runs_oldest_timestamp_seconds", (policy,), since.timestamp()
     for policy, number in db.failures_in_a_row().items():
-        yield "policy_failures", (policy,), number
+        if policy in catalog.policies:
+            yield "policy_failures", (policy,), number
     for state in db.schedule_states():
+        if state.policy not in catalog.policies:
+            continue
         yield from _moment("policy_last_start_timestamp_seconds", (state.policy,), state.last_started)
         yield from _moment("policy_last_success_timestamp_seconds", (state.policy,), state.last_ok)
         yield from _moment("policy_next_due_timestamp_seconds", (state.policy,), state.next_due)
@@ -93,19 +101,23 @@ def _runs(db: Reader) -> Iterator[Sample]:
         yield "last_target_vector_seconds", (), last.seconds / last.amount
 
 
-def _sources(db: Reader) -> Iterator[Sample]:
+def _sources(catalog: Catalog, db: Reader) -> Iterator[Sample]:
     answered: dict[str, datetime] = {}
     for (source, outcome), (number, last) in db.answers().items():
         yield "source_answers_total", (source, outcome), number
-        if outcome in ANSWERED:
+        if outcome in ANSWERED and source in catalog.sources:
             answered[source] = max(last, answered.get(source, last))
     for source, last in answered.items():
         yield "source_last_success_timestamp_seconds", (source,), last.timestamp()
     for state in db.source_states():
+        if state.source not in catalog.sources:
+            continue
         yield "source_failures", (state.source,), state.failures
         yield "source_blocked", (state.source,), state.blocked
         yield from _moment("source_retry_timestamp_seconds", (state.source,), state.retry_at)
-    yield from _counted("quarantined_rows", db.quarantine_counts())
+    for (source,), number in db.quarantine_counts().items():
+        if source in catalog.sources:
+            yield "quarantined_rows", (source,), number
 
 
 def _facts(db: Reader) -> Iterator[Sample]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,13 @@ def made(tmp_path: Path, database: str) -> TestWorkspace:
 
 def exposed(reconciler: Reconciler) -> Values:
     """What /metrics would say now."""
-    return parsed(Exposition(reconciler.workspace, reconciler.ledger, fresh=0)().decode())
+    return parsed(exposition_of(reconciler)().decode())
+
+
+def exposition_of(reconciler: Reconciler, fresh: float = 0) -> Exposition:
+    """It reads sources and policies from their files each time, as the command does."""
+    workspace = reconciler.workspace
+    return Exposition(workspace, reconciler.ledger, lambda: load_catalog(workspace), fresh=fresh)
 
 
 def test_a_workspace_that_never_ran_has_metrics_and_none_is_nan(made: TestWorkspace) -> None:
@@ -250,14 +257,14 @@ def test_the_text_is_kept_for_a_while_and_one_reading_serves_many(
 
     monkeypatch.setattr(metrics_module, "measure", counted)
     with workspace(tmp_path, STARS).open() as reconciler:
-        exposition = Exposition(reconciler.workspace, reconciler.ledger, fresh=3600)
+        exposition = exposition_of(reconciler, fresh=3600)
         assert exposition() == exposition()
     assert len(readings) == 1
 
 
 def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     with workspace(tmp_path, STARS).open() as reconciler:
-        exposition = Exposition(reconciler.workspace, reconciler.ledger, fresh=0)
+        exposition = exposition_of(reconciler)
         exposition()
         reconciler.ledger.close()
         (tmp_path / "data" / "ledger.db").write_bytes(b"no database, " * 1000)
@@ -265,13 +272,47 @@ def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
             exposition()
 
 
-def test_a_policy_that_is_written_wrong_leaves_the_metrics_as_it_leaves_the_daemon(tmp_path: Path) -> None:
-    made = workspace(tmp_path, STARS)
+def test_how_what_is_no_longer_declared_stands_is_not_told(made: TestWorkspace) -> None:
+    """A policy and its source that failed and were renamed: no alert on them could ever end."""
+    feed, renamed = made.root / "sources" / "stars.csv", {"stars": "lights", "sky": "heaven"}
     with made.open() as reconciler:
-        exposition = Exposition(reconciler.workspace, reconciler.ledger, fresh=0)
-        before = parsed(exposition().decode())
-        (made.root / "policies" / "sky.yaml").write_text("policy: [")
-        assert parsed(exposition().decode()).keys() == before.keys()
+        reconciler.run_edit = StandIn()
+        reconciler.sync()
+        feed.rename(away := feed.with_suffix(".away"))
+        reconciler.sync()
+        failing = exposed(reconciler)
+        assert value(failing, "policy_failures", policy="sky") == value(failing, "source_failures", source="stars") == 1
+        away.rename(feed)
+        for file in (made.root / "sources" / "stars.yaml", made.root / "policies" / "sky.yaml"):
+            text = file.read_text()
+            for old, new in renamed.items():
+                text = re.sub(rf"\b{old}\b(?!\.csv)", new, text)
+            file.write_text(text)
+        found = exposed(reconciler)
+    left = {name for name, labels in found for _, label in labels if label in renamed}
+    assert left >= {"kbsync_runs_total", "kbsync_source_answers_total"}
+    assert not [name for name in left if name.startswith(("kbsync_policy_", "kbsync_source_")) and "_total" not in name]
+
+
+def test_only_notices_that_are_still_tried_are_undelivered_and_those_given_up_are_counted(
+    tmp_path: Path, database: str
+) -> None:
+    made = workspace(tmp_path, STARS)
+    config = made.root / "kbsync.yaml"
+    config.write_text(config.read_text() + "notify: {channels: [{name: ops, type: command, run: 'true'}]}\n")
+    with made.open() as reconciler:
+        before = exposed(reconciler)
+        assert value(before, "notices_undelivered", channel="ops") == 0
+        assert value(before, "notices_given_up_total", channel="ops") == 0
+        with reconciler.ledger.write() as db:
+            db.set_channels({"ops", "gone"})
+            db.notify("held", "held sky", "one")
+            db.notify("stale", "stale sky", "two")
+            db.enqueue({"ops": ("held", "stale"), "gone": ("held", "stale")})
+            row = next(row for row in db.deliveries([1])[1] if row.channel == "ops")
+            db.note_delivery(replace(row, attempts=9, next_at=None, error="no answer"))
+        found = exposed(reconciler)
+    assert value(found, "notices_undelivered") == value(found, "notices_given_up_total", channel="ops") == 1
 
 
 def test_the_daemon_is_running_while_the_lock_is_held(tmp_path: Path) -> None:
@@ -318,7 +359,7 @@ def test_promtool_finds_nothing_to_say_about_the_text(tmp_path: Path) -> None:
     with workspace(tmp_path, STARS).open() as reconciler:
         reconciler.run_edit = StandIn()
         reconciler.sync()
-        text = Exposition(reconciler.workspace, reconciler.ledger)()
+        text = exposition_of(reconciler)()
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
     assert (done.returncode, done.stderr.decode()) == (0, "")
 
@@ -342,4 +383,4 @@ def test_secrets_of_the_configuration_are_in_no_metric(tmp_path: Path, monkeypat
     config.write_text(f"{config.read_text()}server: {{token: '${{TOKEN_OF_TEST}}'}}\n")
     with made.open() as reconciler:
         assert reconciler.workspace.server_token == canary
-        assert canary not in Exposition(reconciler.workspace, reconciler.ledger)().decode()
+        assert canary not in exposition_of(reconciler)().decode()

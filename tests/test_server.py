@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from kbsync.catalog import load_catalog
 from kbsync.config import Workspace
 from kbsync.errors import ConfigError
 from kbsync.ledger import Ledger
@@ -32,7 +33,7 @@ from kbsync.web import server as server_module
 from kbsync.web.server import serving
 from tests.daemons import Running as Daemon
 from tests.tiny import save, tiny_llama
-from tests.workspaces import workspace
+from tests.workspaces import POLICY, SOURCE, workspace
 
 CANARY = "canary-of-sixteen-and-more"
 
@@ -63,7 +64,7 @@ def running(root: Path, settings: str = "port: 0") -> Iterator[Running]:
     with (
         writer_lock(workspace.lock),
         Ledger.open(workspace.ledger_url) as ledger,
-        serving(workspace, ledger, pulse) as address,
+        serving(workspace, ledger, pulse, lambda: load_catalog(workspace)) as address,
     ):
         assert address is not None
         pulse.phase = "running"
@@ -95,7 +96,8 @@ def failed_runs(ledger: Ledger, number: int) -> None:
 def test_without_the_section_nothing_listens(tmp_path: Path) -> None:
     (tmp_path / "kbsync.yaml").write_text("model: model\n")
     workspace = Workspace.load(tmp_path)
-    with Ledger.open(workspace.ledger_url) as ledger, serving(workspace, ledger, Pulse()) as address:
+    catalog = load_catalog(workspace)
+    with Ledger.open(workspace.ledger_url) as ledger, serving(workspace, ledger, Pulse(), lambda: catalog) as address:
         assert address is None
         with ledger.read() as db:
             assert db.beats() == {}
@@ -251,11 +253,10 @@ def test_a_connection_that_says_nothing_is_ended(tls: str, tmp_path: Path, monke
     certificate(tmp_path)
     with running(tmp_path, f"port: 0{tls}") as up:
         url = httpx.URL(up.address)
-        with socket.create_connection((url.host, url.port), timeout=30) as plain:
-            silent = trusting(tmp_path).wrap_socket(plain, server_hostname=url.host) if tls else plain
+        silent = socket.create_connection((url.host, url.port), timeout=30)
+        with trusting(tmp_path).wrap_socket(silent, server_hostname=url.host) if tls else silent as silent:
             silent.sendall(b"GET /livez HTTP/1.1\r\nHost: local")
-            with suppress(ssl.SSLEOFError):  # cut off without a goodbye
-                assert silent.recv(100) == b""
+            assert silent.recv(100) == b""
         assert httpx.get(f"{up.address}/livez", verify=trusting(tmp_path), trust_env=False).status_code == 200
 
 
@@ -322,13 +323,36 @@ def test_not_ready_while_starting_or_stopping_but_live(phase: Any, up: Running) 
     assert up.get("/livez").status_code == 200
 
 
-def test_not_ready_once_a_policy_has_failed_as_often_as_people_are_told(up: Running) -> None:
+def test_not_ready_once_a_policy_has_failed_as_often_as_people_are_told(tmp_path: Path, up: Running) -> None:
+    declare(tmp_path)
     failed_runs(up.ledger, 2)
     assert checks(up.get("/readyz"))["policy sky"]
     failed_runs(up.ledger, 1)
     answer = up.get("/readyz")
     assert (answer.status_code, checks(answer)["policy sky"]) == (503, False)
     assert "kbsync runs --policy sky" in answer.json()["checks"][-1]["why"]
+
+
+def test_a_policy_that_failed_and_is_gone_keeps_nobody_from_being_ready(tmp_path: Path, up: Running) -> None:
+    """Renamed while it failed: the one of the new name was never run."""
+    declare(tmp_path)
+    failed_runs(up.ledger, 3)
+    assert up.get("/readyz").status_code == 503
+    declare(tmp_path, "heaven")
+    assert {name for name in checks(up.get("/readyz")) if "policy" in name} == {"policy heaven"}
+    assert up.get("/readyz").status_code == 200
+
+
+def declare(root: Path, name: str = "sky") -> None:
+    """The workspace's one policy, under this name."""
+    for file, text in {
+        "sources/stars.yaml": SOURCE,
+        "sources/stars.csv": "id,name,constellation\n",
+        "policies/controls.txt": "Italy\n",
+        "policies/it.yaml": (POLICY % "    retract: keep").replace("policy: sky", f"policy: {name}"),
+    }.items():
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text(text)
 
 
 def test_the_checks_and_the_process_are_in_the_metrics_too(up: Running) -> None:

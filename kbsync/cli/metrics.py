@@ -32,9 +32,10 @@ def metrics(
     from kbsync.versions.files import write_durably
 
     with opened(root) as (workspace, ledger):
+        catalog = load_catalog(workspace)
         if as_json:
-            return emit(to_json(measure(workspace, load_catalog(workspace), ledger)))
-        text = Exposition(workspace, ledger)()
+            return emit(to_json(measure(workspace, catalog, ledger)))
+        text = Exposition(workspace, ledger, lambda: catalog)()
     if out is not None:
         write_durably(out.absolute(), text, mode=MODE)
         return None

@@ -115,7 +115,7 @@ class Daemon:
         """Serve until `stop`; on return nothing is running any more."""
         self._tell("starting")
         self._reconciler(USER, silent).recover()
-        server = serving(self._workspace, self._ledger, self._pulse)
+        server = serving(self._workspace, self._ledger, self._pulse, lambda: self._catalog)
         with self._signals(), serve(self._workspace.socket, self._handle, urgent=UNDO | BESIDE), server:
             self._scheduler.add_listener(self._note_event, sum(EVENTS))
             self._schedule_all()

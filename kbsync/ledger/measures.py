@@ -178,10 +178,19 @@ class MeasureReader(Session):
         """How many notices there were, by kind."""
         return self._numbers(schema.notice, schema.notice.c.kind)
 
-    def undelivered(self) -> dict[tuple[str], int]:
-        """How many notices have not come through, by channel."""
+    def undelivered(self) -> dict[str, int]:
+        """How many notices are still to come through, by channel."""
+        return self._deliveries(open_=True)
+
+    def given_up(self) -> dict[str, int]:
+        """How many notices never came through and are not tried any more, by channel."""
+        return self._deliveries(open_=False)
+
+    def _deliveries(self, *, open_: bool) -> dict[str, int]:
         table = schema.delivery
-        return self._numbers(table, table.c.channel, where=table.c.delivered_at.is_(None))
+        tried = table.c.next_at.is_not(None) if open_ else table.c.next_at.is_(None)
+        found = self._numbers(table, table.c.channel, where=and_(table.c.delivered_at.is_(None), tried))
+        return {channel: number for (channel,), number in found.items()}
 
     def size(self) -> int:
         """Bytes of the database."""

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from kbsync.catalog import Catalog
 from kbsync.config import Workspace
 from kbsync.errors import KbsyncError, place_of
 from kbsync.hub import resolve_model
@@ -31,11 +32,12 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Looks at a running daemon."""
+    """Looks at a running daemon. `catalog`: gives the sources and policies that are in force."""
 
     workspace: Workspace
     ledger: Ledger
     pulse: Pulse
+    catalog: Callable[[], Catalog]
 
     def live(self) -> list[Check]:
         """One check per part that beats."""
@@ -46,7 +48,7 @@ class Health:
         ]
 
     def ready(self) -> list[Check]:
-        """One check per thing that a pass needs, and one per policy: have its last passes all failed?"""
+        """One check per thing that a pass needs, and one per policy in force: have its last passes all failed?"""
         phase = self.pulse.phase
         found = [Check("daemon", phase == "running", "" if phase == "running" else f"it is {phase}")]
         found += [_checked("lock", self._lock), _checked("model", self._model)]
@@ -68,7 +70,8 @@ class Health:
         with self.ledger.read() as db:
             failures: Mapping[str, int] = db.failures_in_a_row()
         most = self.workspace.settings.notify.failures
-        for policy, failed in failures.items():
+        for policy in sorted(self.catalog().policies):
+            failed = failures.get(policy, 0)
             why = f"its last {failed} passes failed; kbsync runs --policy {policy}" if failed >= most else ""
             yield Check(f"policy {policy}", not why, why)
 

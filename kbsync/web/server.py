@@ -1,7 +1,7 @@
 """The HTTP server inside the daemon: uvicorn in a thread of its own, without signal handlers.
 
-with serving(workspace, ledger, pulse) as address:     # http://127.0.0.1:8765, or None where `server:` is absent
-    ...
+with serving(workspace, ledger, pulse, lambda: catalog) as address:
+    ...                             # http://127.0.0.1:8765, or None where `server:` is absent
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import structlog
 import uvicorn
 
+from kbsync.catalog import Catalog
 from kbsync.config import CONFIG, Workspace
 from kbsync.errors import ConfigError, KbsyncError
 from kbsync.ledger import Ledger
@@ -76,8 +77,9 @@ def _end(guest: socket.socket) -> None:
 
 
 @contextmanager
-def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse) -> Iterator[str | None]:
+def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse, catalog: Callable[[], Catalog]) -> Iterator[str | None]:
     """Answer HTTP for the time of the block; its address, which is also in the log and the ledger's `heartbeat`.
+    `catalog`: gives the sources and policies that are in force.
 
     Raises ConfigError where the token, the certificate or the address cannot be used.
     """
@@ -86,11 +88,15 @@ def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse) -> Iterator[str 
         yield None
         return
 
+    health = Health(workspace, ledger, pulse, catalog)
+
     async def beat() -> None:
         pulse.beat("server")
 
-    health = Health(workspace, ledger, pulse)
-    exposition = Exposition(workspace, ledger, checks=lambda: {check.name: check.ok for check in health.ready()})
+    def checks() -> dict[str, bool]:
+        return {check.name: check.ok for check in health.ready()}
+
+    exposition = Exposition(workspace, ledger, catalog, checks=checks)
     app = make_app(settings, read_token(workspace), health, exposition)
     config = uvicorn.Config(
         app,
