@@ -148,6 +148,20 @@ def test_the_database_reaches_nothing_outside_and_the_server_is_shared_with_prom
     assert "host" not in json.loads(services["kbsync"]["environment"]["KBSYNC_SERVER"])  # so that it is 127.0.0.1
 
 
+def test_the_documented_first_start_has_a_namespace_before_a_container_joins_it() -> None:
+    """`run --no-deps` starts nothing else: no engine shares the namespace of a container that is not there."""
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    started: set[str] = set()
+    joined = []
+    for kind, words in re.findall(r"^\$ docker compose (up|run) (.*)$", page, re.MULTILINE):
+        named = [name for name in SERVICES if name in words.split()]
+        for name in named if kind == "run" and "--no-deps" in words else ():
+            joined += [name]
+            assert COMPOSE["services"][name]["network_mode"].removeprefix("service:") in started
+        started |= set(named or SERVICES)
+    assert joined == ["kbsync"]
+
+
 def test_unit_and_container_give_the_daemon_more_descriptors_than_a_shell() -> None:
     """As many in both: the server takes its connections from them, passes their files."""
     limit = COMPOSE["services"]["kbsync"]["ulimits"]["nofile"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 from kbsync.errors import Busy
 from kbsync.ledger import Ledger
 from tests import ledgers
+from tests.daemons import PATIENCE
 from tests.ledgers import opened, tampered
 from tests.postgres import Server
+from tests.workspaces import workspace
 
 CUT = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objid = 1801614202"
 
@@ -64,3 +68,17 @@ def test_a_lost_lock_hinders_nobody_at_the_end(tmp_path: Path) -> None:
         with other.led():
             begin(other)
         begin(ledger)  # without the block, it is a command among others
+
+
+def test_a_second_daemon_says_who_has_the_ledger_and_ends(tmp_path: Path) -> None:
+    """A real one, of another workspace: it does not wait, and is tried again only by what restarts it."""
+    made = workspace(tmp_path, {"Vega": "Orion"})
+    with opened(made.root) as ledger, ledger.led():
+        done = subprocess.run(
+            [sys.executable, "-m", "kbsync", "daemon", "--workspace", str(made.root)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+    assert done.returncode == 1
+    assert "another daemon or command works on this ledger" in done.stderr

@@ -6,6 +6,8 @@ import select
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -119,6 +121,37 @@ def test_the_token_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
         assert len(first.token) >= 43
     with running(tmp_path) as again:
         assert again.token == first.token
+
+
+def test_an_empty_token_of_the_own_is_made_anew(tmp_path: Path) -> None:
+    """What a crash or a full disk may leave must not keep the daemon from ever starting."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "server.token").touch(0o600)
+    with running(tmp_path) as up:
+        assert len(up.token) >= 43
+        assert up.get("/metrics").status_code == 200
+    assert [path.name for path in (tmp_path / "data").glob(".tmp-*")] == []
+
+
+def test_a_token_that_cannot_be_made_is_said_and_leaves_no_file(tmp_path: Path) -> None:
+    """A real process with no room for a byte in any file: what a full disk does."""
+    (tmp_path / "kbsync.yaml").write_text("model: model\n")
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from kbsync.config import Workspace
+from kbsync.errors import KbsyncError
+from kbsync.web.access import read_token
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    read_token(Workspace.load(Path(sys.argv[1])))
+except KbsyncError as error:
+    print(error.message)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=90)
+    assert "server.token: cannot be written: File too large" in done.stdout, done.stderr
+    assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:

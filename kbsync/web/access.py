@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Collection
 from contextlib import suppress
@@ -21,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kbsync.config import CONFIG, Workspace
 from kbsync.errors import ConfigError
-from kbsync.versions.files import make_folder
+from kbsync.versions.files import write_durably
 
 __all__ = ["HEAD_BYTES", "Access", "read_token"]
 
@@ -35,30 +34,27 @@ log = structlog.get_logger()
 
 def read_token(workspace: Workspace) -> str:
     """The bearer token: what `server.token` refers to, or the content of data/server.token, which is made here if it is
-    not there (256 random bits, mode 0600). Raises ConfigError where it cannot be read or is too short."""
+    not there (256 random bits, mode 0600). Raises ConfigError where it cannot be read or is too short, StoreError where
+    it cannot be made. For the holder of the writer lock."""
     declared = workspace.server_token
     if declared is not None:
         return _long_enough(declared, workspace.root / CONFIG)
     path = workspace.data / "server.token"
-    try:
-        make_folder(path.parent)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _kept(path)
-    except OSError as error:
-        raise ConfigError(f"cannot be made: {error.strerror}", file=path, hint="kbsync doctor") from error
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(token := secrets.token_urlsafe(32))
-        file.flush()
-        os.fsync(file.fileno())
+    if kept := _kept(path):
+        return _long_enough(kept, path)
+    token = secrets.token_urlsafe(32)
+    write_durably(path, token.encode("ascii"), mode=0o600)
     return token
 
 
 def _kept(path: Path) -> str:
+    """Empty where there is none, or an empty file, such as a power cut leaves."""
     try:
         if path.stat().st_mode & 0o077:
             raise ConfigError("others can read or change it", file=path, hint=f"chmod 600 {path}")
-        return _long_enough(path.read_text(encoding="ascii").strip(), path)
+        return path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("cannot be read", file=path, hint="remove it: the next start makes another") from error
 
