@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import email
+import socket
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.message import EmailMessage
 from email.policy import SMTP
@@ -38,6 +41,16 @@ class Postbox:
         self.envelopes: list[Envelope] = []
         self.logins: list[tuple[bytes, bytes]] = []
         self.answer = "250 OK"
+        self.unknown: dict[str, str] = {}
+        """What it says to recipients that it does not take."""
+
+    async def handle_RCPT(  # noqa: N802 (aiosmtpd's name)
+        self, _server: Any, _session: Any, envelope: Envelope, address: str, _options: Any
+    ) -> str:
+        """A recipient is named."""
+        if address not in self.unknown:
+            envelope.rcpt_tos.append(address)
+        return self.unknown.get(address, "250 OK")
 
     async def handle_DATA(self, _server: Any, _session: Any, envelope: Envelope) -> str:  # noqa: N802 (aiosmtpd's name)
         """A mail has come."""
@@ -189,6 +202,83 @@ def test_a_server_that_refuses_a_mail_or_is_not_there_is_a_failure() -> None:
     assert refused.value.problem == "127.0.0.1: SMTP status 451"
     with pytest.raises(Undelivered, match="cannot be reached"):
         send(channel(port), None, NOTICE)
+
+
+def test_a_mail_that_one_recipient_gets_is_sent_and_those_that_were_refused_are_named() -> None:
+    box = Postbox()
+    box.unknown = {"bob@example.org": "550 canary, nobody of this name"}
+    with serving(box) as port:
+        assert send(channel(port), None, NOTICE) == "127.0.0.1: refused bob@example.org (550)"
+        assert box.envelopes[0].rcpt_tos == ["ada@example.org"]
+        box.unknown["ada@example.org"] = "450 canary, later"
+        with pytest.raises(Undelivered) as caught:
+            send(channel(port), None, NOTICE)
+    assert caught.value.problem == "127.0.0.1: refused ada@example.org (450), bob@example.org (550)"
+
+
+@contextmanager
+def speaking(talk: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A server that says what `talk` does to whoever comes; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with suppress(OSError), server.accept()[0] as wire:
+                talk(wire)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield server.getsockname()[1]
+        thread.join()
+
+
+RECORD = b"\x16\x03\x03\x40\x00"
+"""Of TLS: a handshake of 16 KiB comes."""
+
+
+@pytest.mark.parametrize(
+    ("security", "replies", "drop"),
+    [
+        ("none", [], b"2"),
+        ("none", [b"220 x\r\n"], b"250-x\r\n"),
+        ("starttls", [b"220 x\r\n", b"250-x\r\n250 STARTTLS\r\n", b"220 go\r\n"], RECORD),
+        ("tls", [], RECORD),
+    ],
+)
+def test_a_server_that_drips_is_left_when_the_time_of_the_whole_conversation_is_over(
+    monkeypatch: pytest.MonkeyPatch, security: str, replies: list[bytes], drop: bytes
+) -> None:
+    """Every read gets something in time: of the greeting, of an answer, of the handshake."""
+    monkeypatch.setattr(mail, "SECONDS", 1.0)
+    monkeypatch.setattr(mail, "DEADLINE", 0.5)
+
+    def drip(wire: socket.socket) -> None:
+        for reply in replies:
+            wire.sendall(reply)
+            wire.recv(1000)
+        while True:
+            wire.sendall(drop)
+            time.sleep(0.1)
+
+    began = time.monotonic()
+    with speaking(drip) as port, pytest.raises(Undelivered) as caught:
+        send(channel(port, security=security), None, NOTICE)
+    assert time.monotonic() - began < 5
+    assert caught.value.problem == "127.0.0.1: did not take the mail within 0.5 s"
+
+
+def test_a_mail_that_was_taken_is_sent_however_the_server_says_goodbye() -> None:
+    def talk(wire: socket.socket) -> None:
+        with wire.makefile("rwb", buffering=0) as file:
+            file.write(b"220 x\r\n")
+            text = False
+            while line := file.readline():
+                if text and line != b".\r\n":
+                    continue
+                text = line.upper() == b"DATA\r\n"
+                file.write(b"354 go\r\n" if text else b"421 bye\r\n" if line == b"QUIT\r\n" else b"250 x\r\n")
+
+    with speaking(talk) as port:
+        assert send(channel(port), None, NOTICE) == ""
 
 
 @pytest.mark.parametrize(

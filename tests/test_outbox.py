@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,11 +21,11 @@ from typer.testing import CliRunner
 
 from kbsync.cli import app
 from kbsync.config import Workspace
-from kbsync.errors import ConfigError, UsageError
+from kbsync.errors import ConfigError, LedgerError, UsageError
 from kbsync.ledger import Ledger
 from kbsync.ledger.notices import DeliveryRow, NoticeWriter
 from kbsync.notify import outbox
-from kbsync.notify.outbox import FIRST, GIVE_UP, JITTER, LONGEST, deliver, enroll, next_attempt, try_channel
+from kbsync.notify.outbox import FIRST, GIVE_UP, JITTER, LONGEST, Outbox, deliver, enroll, next_attempt, try_channel
 from tests.faultserver import FaultServer, answer
 from tests.ledgers import opened
 from tests.test_webhook import SECRET
@@ -60,18 +66,33 @@ class Office:
         """One round."""
         return deliver(self.workspace, self.ledger)
 
+    def over(self, thread: str = "stale sky") -> None:
+        """What was told is over."""
+        with self.ledger.write() as db:
+            assert db.recovered(thread, f"{thread} is in time")
+
+    def said(self, name: str) -> list[str]:
+        """The lines of a file that commands write."""
+        path = self.root / name
+        return path.read_text().splitlines() if path.exists() else []
+
     def states(self) -> dict[str, DeliveryRow]:
         """How far the newest notice came, by channel."""
         with self.ledger.read() as db:
             newest = db.notices(1)[0].id
             return {row.channel: row for row in db.deliveries([newest]).get(newest, [])}
 
+    def everything(self) -> dict[int, list[DeliveryRow]]:
+        """How far every notice came."""
+        with self.ledger.read() as db:
+            return db.deliveries([notice.id for notice in db.notices(None)])
+
     def due_now(self) -> None:
-        """The time of the next attempt has come."""
+        """The time of the next attempt has come, of every notice."""
         with self.ledger.write() as db:
-            for row in self.states().values():
+            for row in itertools.chain(*self.everything().values()):
                 if row.next_at is not None:
-                    db.note_delivery(DeliveryRow(row.notice_id, row.channel, row.attempts, NOW, None, row.error))
+                    db.note_delivery(replace(row, next_at=NOW))
 
 
 @pytest.fixture
@@ -82,6 +103,37 @@ def office(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Office]:
     (tmp_path / "data").mkdir()
     with Ledger.open(Workspace.load(tmp_path).ledger_url) as ledger:
         yield Office(tmp_path, ledger)
+
+
+PATIENCE = 20.0
+"""Seconds."""
+
+
+def until(done: Callable[[], bool]) -> None:
+    """Wait for something that comes soon."""
+    end = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def crashing(root: str) -> None:
+    """Deliver in a process that may end."""
+    workspace = Workspace.load(Path(root))
+    with Ledger.open(workspace.ledger_url) as ledger:
+        deliver(workspace, ledger)
+
+
+def unnoted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The disk is full when something has been noted so often: first that an attempt begins, then how it ended."""
+    note, calls = NoticeWriter.note_delivery, itertools.count()
+
+    def noted(self: NoticeWriter, row: DeliveryRow) -> None:
+        if next(calls) >= after:
+            raise LedgerError("the disk is full")
+        note(self, row)
+
+    monkeypatch.setattr(NoticeWriter, "note_delivery", noted)
 
 
 def hook(name: str, url: str, **more: str) -> str:
@@ -127,22 +179,154 @@ def test_a_notice_that_was_written_while_the_network_was_down_goes_out_later_wit
     assert first == second
 
 
-def test_after_a_crash_between_sending_and_recording_it_is_sent_again_with_the_same_id(
+def test_after_a_crash_between_sending_and_recording_it_is_sent_again_with_the_same_id(office: Office) -> None:
+    """The command itself kills the process that runs it."""
+    office.channels("{name: ops, type: command, run: 'echo $KBSYNC_NOTICE >> got; [ -e up ] || kill -9 $PPID'}")
+    office.tell()
+    code = "import sys; from tests.test_outbox import crashing; crashing(sys.argv[1])"
+    ended = subprocess.run([sys.executable, "-c", code, str(office.root)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    (office.root / "up").touch()
+    [state] = office.states().values()
+    assert (state.attempts, state.error) == (1, outbox.BEGUN)
+    office.due_now()
+    assert office.deliver() == 1
+    first, second = office.said("got")
+    assert first == second
+
+
+def test_what_is_sent_but_cannot_be_noted_comes_again_no_faster_than_what_fails(
     office: Office, server: FaultServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     office.channels(hook("ops", server.on("/ops", answer())))
     office.tell()
+    unnoted(monkeypatch, after=1)
+    for _ in range(4):
+        assert office.deliver() == 0
+    assert len(server.requests) == 1
+    [state] = office.states().values()
+    assert state.next_at is not None
+    assert FIRST - timedelta(seconds=5) < state.next_at - datetime.now(UTC) <= FIRST
 
-    def crash(_self: NoticeWriter, _row: DeliveryRow) -> None:
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(NoticeWriter, "note_delivery", crash)
-        with pytest.raises(KeyboardInterrupt):
-            office.deliver()
+def test_a_ledger_that_cannot_be_written_sends_nothing(
+    office: Office, server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office.channels(hook("ops", server.on("/ops", answer())))
+    office.tell()
+    unnoted(monkeypatch, after=0)
+    for _ in range(4):
+        assert office.deliver() == 0
+    assert server.requests == []
+
+
+def test_a_slow_channel_keeps_no_other_one_waiting_and_is_left_alone_while_it_is_busy(office: Office) -> None:
+    office.channels(
+        "{name: slow, type: command, run: 'echo $KBSYNC_THREAD >> begun; until [ -e go ]; do sleep 0.02; done'}",
+        "{name: quick, type: command, run: 'echo $KBSYNC_THREAD >> quick'}",
+    )
+    outbox_ = Outbox()
+    for thread in ("one", "two"):
+        office.tell(thread)
+        outbox_.deliver(office.workspace, office.ledger)
+        until(lambda thread=thread: thread in office.said("quick"))  # type: ignore[misc]
+    until(lambda: bool(office.said("begun")))
+    assert office.said("begun") == ["one"]
+    assert not outbox_.wait(0)
+    (office.root / "go").touch()
+    assert outbox_.wait(PATIENCE)
+    assert (office.said("begun"), office.said("quick")) == (["one", "two"], ["one", "two"])
+    outbox_.stop()
+
+
+def test_an_outbox_that_was_stopped_writes_nothing_and_the_next_one_sends_what_was_on_its_way(office: Office) -> None:
+    office.channels(
+        "{name: slow, type: command, run: 'echo $KBSYNC_NOTICE >> begun; until [ -e go ]; do sleep 0.02; done'}"
+    )
+    office.tell("one")
+    office.tell("two")
+    stopped = Outbox()
+    stopped.deliver(office.workspace, office.ledger)
+    until(lambda: bool(office.said("begun")))
+    stopped.stop(0.1)
+    before = office.everything()
+    (office.root / "go").touch()
+    assert stopped.wait(PATIENCE)
+    stopped.deliver(office.workspace, office.ledger)
+    assert stopped.wait(PATIENCE)
+    assert office.everything() == before
+    office.due_now()
+    assert office.deliver() == 2
+    first, *later = office.said("begun")
+    assert first in later
+    assert len(set(later)) == 2
+
+
+def test_while_a_receiver_wants_to_be_left_alone_no_other_notice_goes_there(
+    office: Office, server: FaultServer
+) -> None:
+    office.channels(hook("ops", server.on("/ops", answer(status=429, headers={"Retry-After": "3600"}))))
+    for thread in ("one", "two", "three"):
+        office.tell(thread)
+        assert office.deliver() == 0
+    assert len(server.requests) == 1
+    server.on("/ops", answer())
+    office.due_now()
+    assert office.deliver() == 3
+
+
+def test_waits_grow_with_what_fails_on_a_channel_however_many_notices_wait(office: Office) -> None:
+    office.channels("{name: dead, type: command, run: 'exit 1'}")
+    for number in range(5):
+        office.tell(f"thread {number}")
+    waits = []
+    for _ in range(5):
+        assert office.deliver() == 0
+        rows = itertools.chain(*office.everything().values())
+        waits.append(max(row.next_at for row in rows if row.next_at) - datetime.now(UTC))
+        office.due_now()
+    assert all(later > 1.3 * earlier for earlier, later in itertools.pairwise(waits))
+
+
+def test_that_a_trouble_is_over_never_overtakes_the_trouble(office: Office) -> None:
+    """Also where it was over before it was ever sent: both go out, in order."""
+    office.channels("{name: ops, type: command, run: 'test -e up && echo $KBSYNC_KIND $KBSYNC_THREAD >> got'}")
+    office.tell()
+    assert office.deliver() == 0
+    office.over()
+    (office.root / "up").touch()
+    assert office.deliver() == 0
+    office.due_now()
+    assert office.deliver() == 2
+    assert office.said("got") == ["stale stale sky", "recovered stale sky"]
+
+
+def test_a_notice_that_never_comes_through_is_in_no_other_ones_way(office: Office) -> None:
+    office.channels("{name: ops, type: command, run: 'test $KBSYNC_THREAD != odd && echo $KBSYNC_THREAD >> got'}")
+    office.tell("odd")
+    assert office.deliver() == 0
+    for thread in ("one", "two"):
+        office.tell(thread)
+    office.over("odd")
+    office.due_now()
+    assert office.deliver() == 2
+    office.tell("three")
     assert office.deliver() == 1
-    first, second = server.requests
-    assert first.headers["webhook-id"] == second.headers["webhook-id"]
+    assert office.said("got") == ["one", "two", "three"]
+
+
+def test_a_test_of_a_channel_loses_nothing_and_what_waits_for_its_next_attempt_is_due(
+    office: Office, server: FaultServer
+) -> None:
+    office.channels(hook("ops", server.on("/ops", answer(status=500))))
+    office.tell("one")
+    office.deliver()
+    office.tell("two")
+    server.on("/ops", answer())
+    try_channel(office.workspace, office.ledger, "ops")
+    assert office.deliver() == 2
+    threads = [json.loads(request.body)["thread"] for request in server.requests]
+    assert threads == ["one", "test", "two", "one"]
 
 
 def test_a_receiver_that_is_gone_stops_its_channel_until_a_test_of_it_succeeds(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kbsync.daemon.chores import CHORES
+from kbsync.daemon.chores import CHORES, delivery
 from kbsync.ledger.notices import NoticeRow
+from kbsync.notify.outbox import Outbox
 from kbsync.notify.telling import tell_freshness
 from tests.faultserver import FaultServer, answer
 from tests.standin import StandIn
@@ -162,7 +163,7 @@ def test_without_a_target_nothing_is_stale(made: TestWorkspace) -> None:
 
 
 def test_the_daemon_looks_at_freshness_and_delivers_beside_its_passes() -> None:
-    chores = {chore.name: (chore.every, chore.alone) for chore in CHORES}
+    chores = {chore.name: (chore.every, chore.alone) for chore in (*CHORES, delivery(Outbox()))}
     assert chores["freshness"] == (timedelta(minutes=1), False)
     assert chores["notify"] == (timedelta(seconds=15), False)
 

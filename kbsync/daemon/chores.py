@@ -14,12 +14,12 @@ from datetime import timedelta
 import structlog
 
 from kbsync.garbage import collect
-from kbsync.notify.outbox import deliver
+from kbsync.notify.outbox import Outbox
 from kbsync.notify.telling import tell_freshness
 from kbsync.reconcile import Reconciler
 from kbsync.versions.store import ORPHAN_AGE
 
-__all__ = ["CHORES", "Chore"]
+__all__ = ["CHORES", "Chore", "delivery"]
 
 
 log = structlog.get_logger()
@@ -46,8 +46,9 @@ def _tell_freshness(reconciler: Reconciler) -> None:
     tell_freshness(reconciler.ledger, reconciler.catalog)
 
 
-def _deliver(reconciler: Reconciler) -> None:
-    deliver(reconciler.workspace, reconciler.ledger)
+def delivery(outbox: Outbox) -> Chore:
+    """Notices go out through the daemon's outbox, which goes on beside all chores."""
+    return Chore("notify", timedelta(seconds=15), lambda it: outbox.deliver(it.workspace, it.ledger))
 
 
 def _recheck(reconciler: Reconciler) -> None:
@@ -61,7 +62,6 @@ def _recheck(reconciler: Reconciler) -> None:
 
 CHORES: Sequence[Chore] = (
     Chore("freshness", timedelta(minutes=1), _tell_freshness),
-    Chore("notify", timedelta(seconds=15), _deliver),
     # Four times a day, so that it happens daily though the daemon is started anew each morning.
     Chore("retention", timedelta(hours=6), _retain, alone=True),
     Chore("recheck", timedelta(hours=1), _recheck, alone=True),

@@ -35,7 +35,7 @@ from kbsync.catalog import Catalog, load_catalog
 from kbsync.commands import BESIDE, UNDO, execute
 from kbsync.config import Workspace
 from kbsync.control import Gone, serve
-from kbsync.daemon.chores import CHORES, Chore
+from kbsync.daemon.chores import CHORES, Chore, delivery
 from kbsync.daemon.clock import ClockWatch
 from kbsync.daemon.systemd import Manager, monotonic_usec
 from kbsync.daemon.turns import Turns
@@ -44,6 +44,7 @@ from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
 from kbsync.ledger import Ledger
 from kbsync.ledger.writer import Writer
 from kbsync.lock import writer_lock
+from kbsync.notify.outbox import Outbox
 from kbsync.progress import Progress, silent
 from kbsync.pulse import BEAT, Pulse
 from kbsync.reconcile import SCHEDULED, Reconciler
@@ -55,6 +56,8 @@ __all__ = ["Daemon", "run_daemon"]
 USER = "daemon"
 UNFINISHED = ("failed", "cancelled")
 """How a pass ended that the next start begins again at once."""
+NOTICES = 5.0
+"""Seconds that a notice on its way has when the daemon ends; then it counts as not delivered."""
 AFTER_GRACE = 15.0
 """Seconds after the grace time in which a daemon that stops still closes what it has open."""
 EVENTS = {
@@ -92,6 +95,7 @@ class Daemon:
         self._wake = threading.Event()
         self._pulse = Pulse()
         self._work = Work()
+        self._outbox = Outbox()
         self._stalled: float | None = None
         self._manager = Manager.from_environment()
         self._said = ""
@@ -139,6 +143,7 @@ class Daemon:
                     self._mind_clock(moved)
             self._pulse.phase = "stopping"
             self._finish()
+            self._outbox.stop(NOTICES)
             self._note_beats(ended=True)
         log.info("daemon_stopped")
 
@@ -314,7 +319,7 @@ class Daemon:
         self._scheduler.add_job(
             self._pulse.beat, beats, ["scheduler"], id="pulse", executor="own", replace_existing=True
         )
-        for chore in CHORES:
+        for chore in (*CHORES, delivery(self._outbox)):
             self._scheduler.add_job(
                 self._do,
                 Every(seconds=chore.every.total_seconds(), timezone=UTC),

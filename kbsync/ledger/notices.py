@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import and_, delete, func, or_, select, update
+from sqlalchemy import and_, delete, func, select, update
 
 from kbsync.facts import digest_of
 from kbsync.ledger import schema
 from kbsync.ledger.audit import Auditor
 from kbsync.ledger.database import Session, bulk_insert, insert_row
 
-__all__ = ["ChannelRow", "DeliveryRow", "NoticeKind", "NoticeReader", "NoticeRow", "NoticeWriter"]
+__all__ = ["ChannelRow", "DeliveryRow", "NoticeKind", "NoticeReader", "NoticeRow", "NoticeWriter", "in_turn"]
 
 NoticeKind = Literal["held", "rejected", "conflict", "failed", "stale", "faded", "recovered"]
 RECOVERED = "recovered"
@@ -53,7 +53,8 @@ class NoticeRow:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryRow:
-    """How far a notice came on a channel: delivered, to be tried at `next_at`, or given up (neither)."""
+    """How far a notice came on a channel: delivered, to be tried at `next_at`, or given up (neither). `error`: what was
+    wrong with the last attempt, or with one that delivered it: the recipients that were refused."""
 
     notice_id: int
     channel: str
@@ -75,6 +76,34 @@ class ChannelRow:
     name: str
     seen: int
     stopped: str
+
+
+Due = tuple[NoticeRow, DeliveryRow]
+
+LONGEST_WAIT = timedelta(hours=8)
+"""No wait is longer: a time that is further ahead was written by a clock that was wrong, and holds nothing up."""
+
+
+def in_turn(waiting: Sequence[Due], delivered: int, now: datetime) -> list[Due]:
+    """What may be sent on a channel by now, and in which order. `waiting`: all that it waits for, oldest first;
+    `delivered`: the newest notice that came through on it.
+
+    While an attempt that failed waits, nothing is due: it is the channel that does not work. But not where something
+    newer came through: then it is that notice, and it holds up its own thread alone. Within a thread the order is kept;
+    threads whose first notice was tried less come first, so that one that never comes through is in nobody's way.
+    """
+
+    def waits(row: DeliveryRow) -> bool:
+        # What was never tried is due whatever the clock says.
+        return row.attempts > 0 and row.next_at is not None and now < row.next_at <= now + LONGEST_WAIT
+
+    if any(waits(row) and row.notice_id > delivered for _, row in waiting):
+        return []
+    first: dict[str, DeliveryRow] = {}
+    for notice, row in waiting:
+        first.setdefault(notice.thread, row)
+    free = [one for one in waiting if not waits(first[one[0].thread])]
+    return sorted(free, key=lambda one: (first[one[0].thread].attempts, one[0].id))
 
 
 class NoticeReader(Session):
@@ -103,12 +132,24 @@ class NoticeReader(Session):
         rows = self._connection.execute(select(_channel).order_by(_channel.c.name))
         return {row.name: ChannelRow(*row) for row in rows}
 
-    def due(self, channel: str, now: datetime, limit: int = 50) -> list[tuple[NoticeRow, DeliveryRow]]:
-        """What is to be sent on a channel by now, oldest first. What was never tried is due whatever the clock says."""
-        which = (_delivery.c.channel == channel, *_OPEN, or_(_delivery.c.attempts == 0, _delivery.c.next_at <= now))
-        query = select(_notice, _delivery).join(_delivery, _delivery.c.notice_id == _notice.c.id).where(*which)
-        rows = self._connection.execute(query.order_by(_notice.c.id).limit(limit)).all()
-        return [(NoticeRow(*row[:8]), DeliveryRow(*row[8:])) for row in rows]
+    def due(self, channel: str, now: datetime) -> list[Due]:
+        """What may be sent on a channel by now, in order."""
+        query = select(_notice, _delivery).join(_delivery, _delivery.c.notice_id == _notice.c.id)
+        query = query.where(_delivery.c.channel == channel, *_OPEN).order_by(_notice.c.id)
+        waiting = [(NoticeRow(*row[:8]), DeliveryRow(*row[8:])) for row in self._connection.execute(query)]
+        return in_turn(waiting, self._delivered(channel), now) if waiting else []
+
+    def failures(self, channel: str) -> int:
+        """How many attempts on a channel failed since something last came through, of what still waits."""
+        newer = _delivery.c.notice_id > self._delivered(channel)
+        query = select(func.sum(_delivery.c.attempts)).where(_delivery.c.channel == channel, *_OPEN, newer)
+        return int(self._connection.scalar(query) or 0)
+
+    def _delivered(self, channel: str) -> int:
+        """The newest notice that came through on a channel; 0 where none did."""
+        query = select(func.max(_delivery.c.notice_id))
+        query = query.where(_delivery.c.channel == channel, _delivery.c.delivered_at.is_not(None))
+        return self._connection.scalar(query) or 0
 
     def deliveries(self, notices: Collection[int]) -> dict[int, list[DeliveryRow]]:
         """How far notices came, by notice, and of each by channel."""
@@ -202,9 +243,12 @@ class NoticeWriter(NoticeReader, Auditor):
         )
 
     def resume_channel(self, name: str) -> None:
-        """Send on it again what is written from now on."""
-        newest = self._connection.scalar(select(func.max(_notice.c.id))) or 0
-        self._set_channel(name, stopped="", seen=newest)
+        """A channel works: what waits for its next attempt is due now. One that was stopped gets what is written from
+        now on."""
+        if (channel := self.channels().get(name)) is not None and channel.stopped:
+            newest = self._connection.scalar(select(func.max(_notice.c.id))) or 0
+            self._set_channel(name, stopped="", seen=newest)
+        self._connection.execute(update(_delivery).where(_delivery.c.channel == name, *_OPEN).values(next_at=self.now))
 
     def _set_channel(self, name: str, **values: Any) -> None:
         self._connection.execute(update(_channel).where(_channel.c.name == name).values(values))
