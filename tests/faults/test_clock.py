@@ -23,10 +23,10 @@ from tests.faults.world import CHANGED, Child, Nursery, World
 
 HOUR, HALF = timedelta(hours=1), timedelta(minutes=30)
 JUMPS = {
-    "1 h ahead": HOUR,
     "asleep for 3 periods": 3 * HOUR,
-    "a year ahead": timedelta(days=365),
     "1 h back": -HOUR,
+    "a year ahead": timedelta(days=365),
+    "1 h ahead": HOUR,
     "a year back": -timedelta(days=365),
 }
 PLACES = ("idle", *STAGES)
@@ -65,7 +65,7 @@ def turn(nursery: Nursery, daemon: Child, by: timedelta) -> None:
     daemon.until(lambda: len(daemon.said("clock_moved")) > noticed)
 
 
-@pytest.mark.parametrize(("jump", "place"), CASES[: points(5, len(CASES))])
+@pytest.mark.parametrize(("jump", "place"), CASES[: points(3, len(CASES))])
 def test_a_clock_that_jumps_costs_one_catch_up_pass_at_most(
     nursery: Nursery, tmp_path: Path, jump: str, place: str
 ) -> None:
@@ -104,7 +104,7 @@ def test_passes_go_on_coming_however_the_clock_wanders(nursery: Nursery, tmp_pat
     schedule(world, "{every: 2s}")
     with ending(nursery.daemon(world)) as daemon:
         began = time.monotonic()
-        for jump in list(JUMPS.values())[::-1][: points(3, len(JUMPS))]:
+        for jump in list(JUMPS.values())[::-1][: points(2, len(JUMPS))]:
             turn(nursery, daemon, jump)
             due = passes(daemon) + 2
             daemon.until(lambda due=due: passes(daemon) >= due)

@@ -77,7 +77,7 @@ def database(_database: Database | str) -> Database:
     return _database
 
 
-@pytest.mark.parametrize("point", range(points(4)))
+@pytest.mark.parametrize("point", range(points(2)))
 def test_a_server_that_restarts_in_a_transaction_leaves_nothing_half_applied(
     nursery: Nursery, database: Database, tmp_path: Path, point: int
 ) -> None:
