@@ -11,7 +11,7 @@ import pytest
 from kbsync.daemon.chores import CHORES, delivery
 from kbsync.ledger.notices import NoticeRow
 from kbsync.notify.outbox import Outbox
-from kbsync.notify.telling import tell_freshness
+from kbsync.notify.telling import tell_end, tell_freshness
 from tests.faultserver import FaultServer, answer
 from tests.standin import StandIn
 from tests.test_webhook import SECRET
@@ -154,6 +154,56 @@ def test_a_target_that_is_missed_is_told_once_until_it_is_kept_again(made: TestW
     aim(made, "7d")
     look(made)
     assert [notice.message for notice in told(made)][1:] == ["stars constellation is as fresh as policy sky wants it"]
+
+
+def stale(made: TestWorkspace) -> None:
+    """A target is missed, and people are told."""
+    aim(made, "0.001")
+    act(made, StandIn(dies=True))
+    look(made)
+    assert kinds(made) == ["stale"]
+
+
+def test_a_target_that_is_taken_away_is_not_called_kept(made: TestWorkspace) -> None:
+    stale(made)
+    made.policy()
+    look(made)
+    look(made)
+    assert [notice.message for notice in told(made)][1:] == [
+        "policy sky has no target of freshness any more, stars constellation may be stale still"
+    ]
+
+
+def test_a_source_that_a_policy_asks_no_more_is_not_called_fresh(made: TestWorkspace) -> None:
+    stale(made)
+    for file in ("sources/stars.yaml", "policies/sky.yaml"):
+        path = made.root / file
+        path.write_text(path.read_text().replace("source: stars", "source: others").replace("[stars]", "[others]"))
+    (made.root / "sources" / "stars.yaml").rename(made.root / "sources" / "others.yaml")
+    look(made)
+    assert [notice.message for notice in told(made)][1:] == [
+        "policy sky does not ask source stars for constellation any more"
+    ]
+
+
+def test_what_was_told_of_a_policy_that_is_gone_is_over(made: TestWorkspace) -> None:
+    """Stale, held and failed alike: no pass of it will ever end that."""
+    stale(made)
+    with made.open() as reconciler, reconciler.ledger.write() as db:
+        tell_end(db, "sky", 1, "held", "too much", 3)
+        db.notify("faded", "faded tiny", "3 facts are not answered")
+    path = made.root / "policies" / "sky.yaml"
+    path.write_text(path.read_text().replace("policy: sky", "policy: heaven").replace("target: 0.001", "target: 7d"))
+    path.rename(path.with_stem("heaven"))
+    look(made)
+    look(made)
+    *_, one, other = told(made)
+    assert {(one.thread, one.message), (other.thread, other.message)} == {
+        ("held sky", "policy sky is gone"),
+        ("stale sky stars constellation", "policy sky is gone"),
+    }
+    with made.open() as reconciler, reconciler.ledger.read() as db:
+        assert [notice.thread for notice in db.troubles()] == ["faded tiny"]
 
 
 def test_without_a_target_nothing_is_stale(made: TestWorkspace) -> None:

@@ -64,25 +64,40 @@ def tell_conflicts(db: Writer, policy: Policy, run_id: int) -> None:
 
 
 def tell_freshness(ledger: Ledger, catalog: Catalog) -> None:
-    """Of targets of freshness that are missed, once each, and of those that are kept again."""
-    now = datetime.now(UTC)
+    """Of targets of freshness that are missed, once each, and how that ended: they are kept again, or gone. What was
+    told of a policy that is gone is over, too: nothing else would ever end it."""
+    now, policies = datetime.now(UTC), catalog.policies
     with ledger.read() as db:
-        stale = {notice.thread for notice in db.troubles() if notice.kind == "stale"}
-        aimed = any(policy.freshness.target for policy in catalog.policies.values())
+        troubles = db.troubles()
+        aimed = any(policy.freshness.target for policy in policies.values())
         rows = freshness_rows(db, catalog, now) if aimed else []
-    missed = {_thread(row): (row, reasons) for row in rows if (reasons := row.missed(now))}
-    if missed.keys() == stale:
+    # What a source that is gone has left behind may still arrive, but nobody asks it any more.
+    aims = {_thread(row): row for row in rows if row.target and row.source in policies[row.policy].sources}
+    missed = {thread: reasons for thread, row in aims.items() if (reasons := row.missed(now))}
+    gone = [notice for notice in troubles if notice.policy is not None and notice.policy not in policies]
+    stale = {notice.thread: notice for notice in troubles if notice.kind == "stale" and notice not in gone}
+    if missed.keys() == stale.keys() and not gone:
         return
     with ledger.write() as db:
-        for thread in sorted(missed.keys() - stale):
-            row, reasons = missed[thread]
+        for notice in gone:
+            db.recovered(notice.thread, f"policy {notice.policy} is gone", policy=notice.policy)
+        for thread in sorted(stale.keys() - missed.keys()):
+            policy = policies[str(stale[thread].policy)]
+            db.recovered(thread, _ended(thread, policy, thread in aims), policy=policy.policy)
+        for thread in sorted(missed.keys() - stale.keys()):
+            row, reasons = aims[thread], missed[thread]
             text = f"{row.relation} of source {row.source} is stale: {'; '.join(reasons)}"
             db.notify("stale", thread, text, detail=_detail(row, now), policy=row.policy)
-        for thread in sorted(stale - missed.keys()):
-            policy = thread.split()[1]
-            db.recovered(
-                thread, f"{' '.join(thread.split()[2:])} is as fresh as policy {policy} wants it", policy=policy
-            )
+
+
+def _ended(thread: str, policy: Policy, kept: bool) -> str:
+    """How a target that was missed came to an end."""
+    _, name, source, relation = thread.split()
+    if kept:
+        return f"{source} {relation} is as fresh as policy {name} wants it"
+    if policy.freshness.target is None:
+        return f"policy {name} has no target of freshness any more, {source} {relation} may be stale still"
+    return f"policy {name} does not ask source {source} for {relation} any more"
 
 
 def _thread(row: FreshnessRow) -> str:
