@@ -6,7 +6,7 @@ odometer = read_odometer(ledger, store, model)
 from __future__ import annotations
 
 from kbsync.errors import StoreError
-from kbsync.ledger import Ledger, Reader, VersionRow
+from kbsync.ledger import Ledger, VersionRow
 from kbsync.strategy import Capacity, Odometer
 from kbsync.versions.store import VersionStore
 
@@ -17,18 +17,11 @@ def read_odometer(ledger: Ledger, store: VersionStore, model: str, *, settings: 
     """From HEAD back, parent by parent, to the last rebase or the base. `settings`: the digest with which rebases that
     were rejected are remembered (None: `refused` is not asked for)."""
     with ledger.read() as db:
-        path = _since_rebase(db, model)
+        path = db.since_rebase(model)
+        live, anchor = db.version(model, path[0]), db.version(model, path[-1])
         rejected = db.rejected_rebases(model, settings) if settings is not None else ()
-    refused = next((since for since, row in enumerate(path) if row.number in rejected), None)
-    live, anchor = path[0], path[-1]
+    refused = next((since for since, number in enumerate(path) if number in rejected), None)
     return Odometer(anchor.number, len(path) - 1, _capacity(store, live), _capacity(store, anchor), refused)
-
-
-def _since_rebase(db: Reader, model: str) -> list[VersionRow]:
-    path = [db.version(model, db.head(model))]
-    while path[-1].kind not in ("base", "rebase") and (parent := path[-1].parent) is not None:
-        path.append(db.version(model, parent))
-    return path
 
 
 def _capacity(store: VersionStore, row: VersionRow) -> Capacity | None:

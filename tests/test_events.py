@@ -196,6 +196,26 @@ def test_facts_are_filtered_counted_and_paged(story: tuple[Path, Clock]) -> None
         assert [row.fact.subject.label for row in db.select_facts(then, 1)] == ["Deneb"]
 
 
+def test_an_answer_that_is_read_page_by_page_is_that_of_its_begin(tmp_path: Path) -> None:
+    """What ends before its page is read is in it all the same, and says so."""
+    names = {f"S{number}": "Lyra" for number in range(3)}
+    with opened(tmp_path, clock := Clock()) as ledger:
+        sync(ledger, snapshot(*(claim(name, place) for name, place in names.items())))
+        decide(ledger, facts(**names))
+        with ledger.read() as db:
+            whole = list(db.select_facts(FactFilter())), list(db.claims_valid_at(FactFilter(), "2020"))
+            ids, claims = db.fact_ids(FactFilter()), db.claim_ids(FactFilter(), "2020")
+        clock.turn(hours=1)
+        sync(ledger, snapshot(claim("S0", "Lyra")))
+        decide(ledger, facts(S0="Lyra"))
+        with ledger.read() as db:
+            later = db.facts_by_id(ids), db.claims_by_id(claims)
+            assert [row.fact.key for row in db.select_facts(FactFilter())] == [key("S0")]
+    for rows, first in zip(later, whole, strict=True):
+        assert [row.fact for row in rows] == [row.fact for row in first]
+        assert [row.until is None for row in rows] == [True, False, False]
+
+
 def test_no_question_about_one_subject_reads_all_facts_or_claims(story: tuple[Path, Clock]) -> None:
     """The database's own plan of every query has an index where it has `fact` or `claim`."""
     plans: list[str] = []

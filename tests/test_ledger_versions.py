@@ -208,6 +208,7 @@ def test_applied_leaves_out_excluded_columns_and_the_later_delta_wins(tmp_path: 
             assert db.holding(MODEL, range(5)) == held == {0: 0, 1: 2, 2: 2, 3: 1, 4: 1}
             assert [row.number for row in db.versions(MODEL, newest=2)] == [3, 4]
             assert db.active(MODEL, 3) == [without, second]
+            assert db.since_rebase(MODEL) == [4, 3, 2, 1, 0]
             assert db.live_deltas([MODEL]) == {FIRST, SECOND, "3" * 64}
             assert db.live_deltas([]) == set()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
@@ -15,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 from rich.markup import escape
 
-from kbsync.cli.common import AsJson, Root, emit, printing, say, table
+from kbsync.cli.common import AsJson, Root, emit, opened, printing, say, table
 from kbsync.cli.read import Relation, moment, one_subject, reading, short
 
 if TYPE_CHECKING:
-    from kbsync.ledger import FactRow
+    from kbsync.ledger import FactRow, Ledger
+    from kbsync.ledger.read_facts import FactFilter
 
 __all__ = ["app"]
 
@@ -67,18 +66,30 @@ def facts(
     prefixes = _prefixes(iri or ())
     if limit is None and form is None:
         limit = PAGE
-    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as text:
-        with reading(root) as (_, db):
-            found = db.select_facts(wanted, limit or None) if valid_at is None else db.claims_valid_at(wanted, valid_at)
-            with closing(found):
-                if form is not None:
-                    _export(islice(found, limit or None), form, parquet or out or text, prefixes)
-                else:
-                    shown = list(islice(found, limit or None))
-                    rest = sum(1 for _ in found) if valid_at is not None else db.count_facts(wanted) - len(shown)
-        if form is not None:
-            return _print(text)
+    if form is not None:
+        with opened(root) as (_, ledger):
+            return _export(_paged(ledger, wanted, valid_at, limit or None), form, parquet or out, prefixes)
+    with reading(root) as (_, db):
+        found = db.select_facts(wanted, limit or None) if valid_at is None else db.claims_valid_at(wanted, valid_at)
+        with closing(found):
+            shown = list(islice(found, limit or None))
+            rest = sum(1 for _ in found) if valid_at is not None else db.count_facts(wanted) - len(shown)
     return _say_facts(shown, len(shown) + rest, valid=valid_at is not None)
+
+
+def _paged(ledger: Ledger, wanted: FactFilter, valid_at: str | None, limit: int | None) -> Iterator[FactRow]:
+    """The rows of an export, as of its begin. The ledger is read page by page: however many there are, and however
+    slowly somebody takes them, no writer waits."""
+    from kbsync.ledger.read_facts import PAGE as READ
+
+    with ledger.read() as db:
+        ids = db.fact_ids(wanted) if valid_at is None else db.claim_ids(wanted, valid_at)
+    ids = ids[:limit]
+    for start in range(0, len(ids), READ):
+        with ledger.read() as db:
+            page = ids[start : start + READ]
+            rows = db.facts_by_id(page) if valid_at is None else db.claims_by_id(page)
+        yield from rows
 
 
 def _form(**given: bool) -> str | None:
@@ -103,8 +114,8 @@ def _prefixes(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _export(rows: Iterator[FactRow], form: str, out: Path | TextIO, prefixes: Mapping[str, str]) -> None:
-    """Write the rows to a file that is there whole or not at all, or to an open one."""
+def _export(rows: Iterator[FactRow], form: str, out: Path | None, prefixes: Mapping[str, str]) -> None:
+    """Write the rows to stdout, or to a file that is there whole or not at all."""
     from kbsync import exports
     from kbsync.versions.files import write_durably
 
@@ -122,17 +133,11 @@ def _export(rows: Iterator[FactRow], form: str, out: Path | TextIO, prefixes: Ma
         with path.open("w", encoding="utf-8", newline="") as file:
             return write(file)
 
-    if isinstance(out, Path):
-        write_durably(out, fill)
-    else:
-        write(out)
-
-
-def _print(text: TextIO) -> None:
-    """What was exported, once the ledger is no longer read: who takes it slowly keeps no writer waiting."""
-    text.seek(0)
-    with printing() as stdout:
-        shutil.copyfileobj(text, stdout)
+    if out is None:
+        with printing() as stdout:
+            return write(stdout)
+    write_durably(out, fill)
+    return None
 
 
 def _say_facts(rows: list[FactRow], total: int, *, valid: bool) -> None:

@@ -19,10 +19,12 @@ from kbsync.ledger.read_sources import PROVENANCE, provenance_of
 from kbsync.ledger.records import ConflictRow, FactRow
 from kbsync.weigh import date_parts
 
-__all__ = ["FACT", "STREAMED", "FactFilter", "FactReader", "change_kind", "fact_of"]
+__all__ = ["FACT", "PAGE", "STREAMED", "FactFilter", "FactReader", "change_kind", "fact_of"]
 
 STREAMED = 2_000
 """Rows that a long answer holds in memory at a time."""
+PAGE = 800
+"""Rows that may be asked for by id at a time: old builds of SQLite allow 999 parameters."""
 
 FACT = (
     "relation",
@@ -37,6 +39,9 @@ FACT = (
     "rule",
 )
 """The columns that make a Fact, in the order of `fact_of`."""
+
+
+_BY_NAME = (schema.fact.c.relation, schema.fact.c.subject_label, schema.fact.c.id)
 
 
 def fact_of(values: Collection[Any]) -> Fact:
@@ -120,6 +125,16 @@ class FactReader(Session):
         does not read to the end closes it while the ledger is open: it is a server's cursor."""
         return self._rows(*wanted.conditions(), limit=limit)
 
+    def fact_ids(self, wanted: FactFilter) -> list[int]:
+        """The ids of the facts that pass a filter, in the order of `select_facts`: a long answer is read by
+        `facts_by_id`, page by page, each in a block of its own."""
+        query = select(schema.fact.c.id).where(*wanted.conditions()).order_by(*_BY_NAME)
+        return list(self._connection.scalars(query))
+
+    def facts_by_id(self, ids: Collection[int]) -> list[FactRow]:
+        """These facts, in the order of `select_facts`: no more than `PAGE`. One that has ended since says so."""
+        return list(self._rows(schema.fact.c.id.in_(ids)))
+
     def count_facts(self, wanted: FactFilter) -> int:
         """How many there are."""
         query = select(func.count()).select_from(schema.fact).where(*wanted.conditions())
@@ -132,25 +147,18 @@ class FactReader(Session):
         Dates are compared as far as both are known: what began in 2011 was true at 2011-03. A claim without dates is
         always true, a deprecated one never. Raises UsageError for what is no date.
         """
-        at = date_parts(date)
-        if not at:
-            raise UsageError(f"{date!r} is no date", hint="2011, 2011-03 or 2011-03-04")
-        claim, began, ended = schema.claim, schema.fetch.alias("began"), schema.fetch.alias("ended")
-        known: list[ColumnElement[bool]] = [claim.c.until_fetch.is_(None)]
-        if wanted.as_of is not None:
-            known = [began.c.recorded_at <= wanted.as_of]
-            known.append(or_(ended.c.recorded_at.is_(None), ended.c.recorded_at > wanted.as_of))
-        if wanted.relation is not None:
-            known.append(claim.c.relation == wanted.relation)
-        query = (
-            select(claim, began.c.recorded_at, began.c.run_id, ended.c.recorded_at, ended.c.run_id)
-            .add_columns(*(began.c[column.name] for column in PROVENANCE))
-            .join(began, began.c.id == claim.c.since_fetch)
-            .outerjoin(ended, ended.c.id == claim.c.until_fetch)
-            .where(*known, *wanted.about(claim), claim.c.rank != "deprecated")
-            .order_by(claim.c.relation, claim.c.subject_label, claim.c.id)
-        )
-        return self._streamed(query, _claim_row, lambda row: _covers(row.valid_from, row.valid_to, at))
+        at = _date(date)
+        return self._streamed(_claims(wanted), _claim_row, lambda row: _covers(row.valid_from, row.valid_to, at))
+
+    def claim_ids(self, wanted: FactFilter, date: str) -> list[int]:
+        """The ids of what `claims_valid_at` gives, to be read by `claims_by_id`."""
+        at, table = _date(date), schema.claim.c
+        rows = self._connection.execute(_claims(wanted).with_only_columns(table.id, table.valid_from, table.valid_to))
+        return [row.id for row in rows if _covers(row.valid_from, row.valid_to, at)]
+
+    def claims_by_id(self, ids: Collection[int]) -> list[FactRow]:
+        """These claims in the form of facts: no more than `PAGE`. One that has ended since says so."""
+        return list(self._streamed(_claims().where(schema.claim.c.id.in_(ids)), _claim_row))
 
     def fact_row(self, relation: str, subjects: Collection[str]) -> FactRow | None:
         """The live fact of a key, by any of the ids of its subject; None where there is none."""
@@ -188,7 +196,7 @@ class FactReader(Session):
             .outerjoin(fetch, fetch.c.id == newest)
             .outerjoin(claim, claim.c.id == table.c.claim_id)
             .where(*which)
-            .order_by(*(order or (table.c.relation, table.c.subject_label, table.c.id)))
+            .order_by(*(order or _BY_NAME))
             .limit(limit)
         )
         return self._streamed(query, _fact_row)
@@ -317,6 +325,36 @@ def _fact_row(row: Sequence[Any]) -> FactRow:
     since, until, run, until_run, id_, start, end, *provenance = row[len(FACT) :]
     fact, fetched = fact_of(row[: len(FACT)]), provenance_of(tuple(provenance))
     return FactRow(fact, since, until, run, until_run, fetched, id_, start, end)
+
+
+def _date(text: str) -> tuple[int, ...]:
+    if not (at := date_parts(text)):
+        raise UsageError(f"{text!r} is no date", hint="2011, 2011-03 or 2011-03-04")
+    return at
+
+
+def _claims(wanted: FactFilter | None = None) -> Select[Any]:
+    """The claims that pass a filter, as kbsync knows them now or at `as_of`, but for deprecated ones; None: all that
+    there ever were."""
+    claim, began, ended = schema.claim, schema.fetch.alias("began"), schema.fetch.alias("ended")
+    which: list[ColumnElement[bool]] = []
+    if wanted is not None:
+        which = [*wanted.about(claim), claim.c.rank != "deprecated"]
+        if wanted.as_of is None:
+            which.append(claim.c.until_fetch.is_(None))
+        else:
+            which.append(began.c.recorded_at <= wanted.as_of)
+            which.append(or_(ended.c.recorded_at.is_(None), ended.c.recorded_at > wanted.as_of))
+        if wanted.relation is not None:
+            which.append(claim.c.relation == wanted.relation)
+    return (
+        select(claim, began.c.recorded_at, began.c.run_id, ended.c.recorded_at, ended.c.run_id)
+        .add_columns(*(began.c[column.name] for column in PROVENANCE))
+        .join(began, began.c.id == claim.c.since_fetch)
+        .outerjoin(ended, ended.c.id == claim.c.until_fetch)
+        .where(*which)
+        .order_by(claim.c.relation, claim.c.subject_label, claim.c.id)
+    )
 
 
 def _claim_row(row: Any) -> FactRow:

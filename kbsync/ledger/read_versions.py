@@ -84,6 +84,16 @@ class VersionReader(Session):
         query = select(table.c.number, table.c.parent).where(table.c.model == model, table.c.parent.is_not(None))
         return {row.number: row.parent for row in self._connection.execute(query)}
 
+    def since_rebase(self, model: str) -> list[int]:
+        """HEAD and the versions that it was made on, newest first, back to a rebase or the base, which is the last."""
+        table = schema.version.c
+        rows = self._connection.execute(select(table.number, table.parent, table.kind).where(table.model == model))
+        made = {row.number: row for row in rows}
+        path = [self.head(model)]
+        while (row := made[path[-1]]).kind not in ("base", "rebase") and row.parent is not None:
+            path.append(row.parent)
+        return path
+
     def made_at(self, model: str) -> dict[int, datetime]:
         """Version -> when it was made."""
         table = schema.version
