@@ -1,4 +1,4 @@
-"""What is measured now, sample by sample: from the ledger in one reading, from the files beside it, from the disk.
+"""What is measured now, sample by sample: from the ledger in short readings, from the files beside it, from the disk.
 
 What is not known has no sample; there is no NaN. Numbers of rows are counted by the database: a million facts cost one
 aggregate.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,13 @@ UNFINISHED = ("running", "held")
 def samples(workspace: Workspace, catalog: Catalog, ledger: Ledger, now: datetime) -> Iterator[Sample]:
     """Everything that `kbsync.metrics.DECLARED` has, as far as it is known. Raises LedgerError or Busy where the ledger
     cannot be read."""
+    for reading in _readings(workspace, catalog, now):
+        with ledger.read() as db:
+            found = list(reading(db))
+        yield from found
     with ledger.read() as db:
-        found = list(_in_ledger(workspace, catalog, db, now))
         model = db.model_named(workspace.settings.model)
+        found = [*_model(db, model), *_gate(catalog, db, model)] if model else []
         head = db.version(model.id, model.head) if model else None
     yield from found
     if head is not None:  # files are read once the ledger is not
@@ -49,15 +55,13 @@ def samples(workspace: Workspace, catalog: Catalog, ledger: Ledger, now: datetim
     yield from _disk(workspace.data)
 
 
-def _in_ledger(workspace: Workspace, catalog: Catalog, db: Reader, now: datetime) -> Iterator[Sample]:
-    yield from _daemon(workspace, db)
-    yield from _runs(catalog, db)
-    yield from _sources(catalog, db)
-    yield from _facts(db)
-    yield from _freshness(catalog, db, now)
-    if model := db.model_named(workspace.settings.model):
-        yield from _model(db, model)
-        yield from _gate(catalog, db, model)
+def _readings(workspace: Workspace, catalog: Catalog, now: datetime) -> Iterator[Callable[[Reader], Iterable[Sample]]]:
+    """Each with a transaction of its own: nobody can commit while SQLite's rollback journal is read, and to count a
+    million facts takes it a second, here once and once for their policy. In between a writer comes to its turn."""
+    yield lambda db: (*_daemon(workspace, db), *_runs(catalog, db), *_sources(catalog, db))
+    yield _facts
+    for name, policy in catalog.policies.items():
+        yield partial(_freshness, replace(catalog, policies={name: policy}), now)
 
 
 def _daemon(workspace: Workspace, db: Reader) -> Iterator[Sample]:
@@ -126,7 +130,7 @@ def _facts(db: Reader) -> Iterator[Sample]:
     yield from _counted("waiting_keys", db.waiting_counts())
 
 
-def _freshness(catalog: Catalog, db: Reader, now: datetime) -> Iterator[Sample]:
+def _freshness(catalog: Catalog, now: datetime, db: Reader) -> Iterator[Sample]:
     for name, policy in catalog.policies.items():
         yield from _some("freshness_target_seconds", (name,), policy.freshness.target)
     for row in freshness_rows(db, catalog, now):

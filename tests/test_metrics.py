@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kbsync import metrics as metrics_module
 from kbsync.catalog import load_catalog
 from kbsync.errors import LedgerError, SourceInvalid, SourceUnavailable
+from kbsync.ledger import Reader
 from kbsync.lock import writer_lock
 from kbsync.metrics import DECLARED, Exposition, measure
 from kbsync.observe import observe
@@ -260,6 +261,32 @@ def test_the_text_is_kept_for_a_while_and_one_reading_serves_many(
         exposition = exposition_of(reconciler, fresh=3600)
         assert exposition() == exposition()
     assert len(readings) == 1
+
+
+def test_a_writer_comes_to_its_turn_between_what_takes_long_to_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's rollback journal lets nobody commit while it is read: each count has a reading of its own."""
+    readers: list[Reader] = []
+
+    def noted(count: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(self: Reader, *arguments: Any) -> Any:
+            readers.append(self)
+            return count(self, *arguments)
+
+        return counted
+
+    for name in ("fact_counts", "accepted"):
+        monkeypatch.setattr(Reader, name, noted(getattr(Reader, name)))
+    made = workspace(tmp_path, STARS)
+    for file in (made.root / "sources" / "stars.yaml", made.root / "policies" / "sky.yaml"):
+        text = file.read_text().replace("constellation:\n", "place:\n")
+        for old, new in {"relation: constellation": "relation: place", "source: stars": "source: more"}.items():
+            text = text.replace(old, new)
+        file.with_name(f"more{file.suffix}").write_text(text.replace("sky", "two").replace("[stars]", "[more]"))
+    with made.open() as reconciler:
+        exposed(reconciler)
+    assert len(readers) == len({id(reader) for reader in readers}) == 3
 
 
 def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
