@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kbsync.ledger import Ledger
-from kbsync.ledger.notices import NoticeRow
+from kbsync.ledger.notices import DeliveryRow, NoticeRow, in_turn
 from tests.ledgers import NOON, Clock, opened
 
 pytestmark = pytest.mark.usefixtures("database")
@@ -147,6 +150,42 @@ def test_what_was_never_tried_is_due_though_the_clock_went_back(ledger: Ledger, 
     tell(ledger)
     clock.turn(hours=-1)
     assert len(waiting(ledger, "ops", clock)) == 1
+
+
+def test_a_wait_that_a_clock_far_ahead_wrote_holds_nothing_up(ledger: Ledger, clock: Clock) -> None:
+    channels(ledger, "ops")
+    tell(ledger, "one")
+    tell(ledger, "two")
+    waiting(ledger, "ops", clock)
+    with ledger.write() as db:
+        _, row = db.due("ops", clock())[0]
+        db.note_delivery(replace(row, attempts=1, next_at=clock() + timedelta(days=365), error="503"))
+    assert [one.thread for one in waiting(ledger, "ops", clock)] == ["two", "one"]
+
+
+WAITING = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.integers(-9, 9)), max_size=8)
+
+
+@given(WAITING, st.integers(0, 9))
+def test_a_thread_goes_out_in_order_and_not_while_its_first_notice_or_the_whole_channel_waits(
+    rows: list[tuple[str, int, int]], delivered: int
+) -> None:
+    """Rows: thread, attempts, minutes until the next one."""
+    found = [
+        (
+            NoticeRow(number, "stale", thread, None, None, "", {}, NOON),
+            DeliveryRow(number, "ops", attempts, NOON + timedelta(minutes=minutes), None, ""),
+        )
+        for number, (thread, attempts, minutes) in enumerate(rows, 1)
+    ]
+    free = in_turn(found, delivered, NOON)
+    waits = {row.notice_id for _, row in found if row.attempts and row.next_at is not None and row.next_at > NOON}
+    whole = {
+        thread: [notice.id for notice, _ in found if notice.thread == thread] for thread in {row[0] for row in rows}
+    }
+    for thread, ids in whole.items():
+        expected = [] if ids[0] in waits or any(number > delivered for number in waits) else ids
+        assert [notice.id for notice, _ in free if notice.thread == thread] == expected
 
 
 def test_a_stopped_channel_gets_nothing_until_it_is_resumed_and_then_only_what_is_new(

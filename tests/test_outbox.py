@@ -28,6 +28,7 @@ from kbsync.notify import outbox
 from kbsync.notify.outbox import FIRST, GIVE_UP, JITTER, LONGEST, Outbox, deliver, enroll, next_attempt, try_channel
 from tests.faultserver import FaultServer, answer
 from tests.ledgers import opened
+from tests.test_mail import Postbox, serving
 from tests.test_webhook import SECRET
 
 NOW = datetime(2026, 7, 1, tzinfo=UTC)
@@ -430,6 +431,25 @@ def test_no_secret_reaches_the_ledger_the_log_or_the_list(
     assert "status 500" in told
     for canary in ("canary-chat-token", "canary-pager-token", SECRET):
         assert canary not in told
+
+
+def test_who_was_refused_a_mail_that_others_got_is_in_the_list_and_nobody_gets_it_twice(office: Office) -> None:
+    box = Postbox()
+    box.unknown = {"bob@x.org": "550 nobody"}
+    with serving(box) as port:
+        office.channels(
+            f"{{name: mail, type: email, host: 127.0.0.1, port: {port}, security: none, from: a@b.c,"
+            " to: [ada@x.org, bob@x.org]}"
+        )
+        office.tell()
+        assert office.deliver() == 1
+        office.due_now()
+        assert office.deliver() == 0
+        with pytest.raises(UsageError, match=r"channel mail: 127.0.0.1: refused bob@x.org \(550\)"):
+            try_channel(office.workspace, office.ledger, "mail")
+    assert [envelope.rcpt_tos for envelope in box.envelopes] == [["ada@x.org"]] * 2
+    shown = CliRunner().invoke(app, ["notices", "-w", str(office.root)], env={"COLUMNS": "200"}).output
+    assert "mail: delivered (127.0.0.1: refused bob@x.org (550))" in shown
 
 
 def test_a_test_message_arrives_from_the_command_line(office: Office, server: FaultServer) -> None:
