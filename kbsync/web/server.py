@@ -81,7 +81,8 @@ def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse, catalog: Callabl
     """Answer HTTP for the time of the block; its address, which is also in the log and the ledger's `heartbeat`.
     `catalog`: gives the sources and policies that are in force.
 
-    Raises ConfigError where the token, the certificate or the address cannot be used.
+    Raises ConfigError where the token, the certificate or the address cannot be used, StoreError where a token cannot
+    be made.
     """
     settings = workspace.settings.server
     if settings is None:
