@@ -3,25 +3,36 @@
     problem = run("systemctl reload my-server", folder=root, variables={"KBSYNC_VERSION": "7"}, keep=(), seconds=60)
 
 A command never has the workspace's secrets in its environment, but for those that `hook_secrets` names, and never
-keeps kbsync waiting: it is ended with all that it started when its time is over.
+keeps kbsync waiting: it is ended with all that it started when its time is over, or when kbsync ends (`ENDING`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import IO
 
-from kbsync.references import environment, last_words
+from kbsync.references import LONGEST_TAIL, environment, last_words
 
-__all__ = ["run"]
+__all__ = ["ENDING", "run"]
+
+ENDING = threading.Event()
+"""Set by a process that is about to end: commands that still run are ended, and none begins."""
 
 SAID = 500
 """Characters of what a command said last that a failure is told with."""
+LOOK = 0.2
+"""Seconds between two looks at `ENDING`."""
+HEAR_OUT = 0.5
+"""Seconds for the last words of a command that has ended: what it left running may never stop talking."""
 
 
 def run(
@@ -37,10 +48,11 @@ def run(
 
     Its environment is this process's without secrets (`keep` names those that it gets), and `variables`.
     """
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:
+    if ENDING.is_set():
+        return "not run: kbsync is ending"
+    with tempfile.TemporaryFile() as given:
         given.write(stdin)
         given.seek(0)
-        # Files, not pipes: a server that the command leaves running would keep a pipe open, and kbsync waiting.
         try:
             process = subprocess.Popen(  # noqa: S602 - the owner's own command line from kbsync.yaml
                 command,
@@ -48,19 +60,48 @@ def run(
                 cwd=folder,
                 env=environment(keep) | dict(variables),
                 stdin=given,
-                stdout=said,
-                stderr=said,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         except OSError as error:
             return f"cannot be run: {error.strerror}"
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            return f"did not end within {seconds:g} s"
-        words = " ".join(last_words(said, SAID).split())
-        return f"status {status}" + (f": {words}" if words else "") if status else None
+    listener = _Listener(process.stdout)
+    problem = _waited(process, seconds)
+    if problem is not None or not process.returncode:
+        return problem
+    listener.join(HEAR_OUT)
+    words = " ".join(last_words(io.BytesIO(listener.heard), SAID).split())
+    return f"status {process.returncode}" + (f": {words}" if words else "")
+
+
+class _Listener(threading.Thread):
+    """Hears a command to its end and remembers the last of it. It goes on for what the command leaves running, which
+    would be ended by a word that nobody hears (SIGPIPE), and would fill the disk if a file heard it."""
+
+    def __init__(self, pipe: IO[bytes] | None) -> None:
+        super().__init__(name="hook output", daemon=True)
+        self.heard = b""
+        self._pipe = pipe
+        self.start()
+
+    def run(self) -> None:
+        if self._pipe is None:
+            return
+        with self._pipe:
+            while piece := os.read(self._pipe.fileno(), LONGEST_TAIL):
+                self.heard = (self.heard + piece)[-LONGEST_TAIL:]
+
+
+def _waited(process: subprocess.Popen[bytes], seconds: float) -> str | None:
+    """Wait for the end of a command; why it was made to end, None where it ended by itself."""
+    end = time.monotonic() + seconds
+    while (rest := end - time.monotonic()) > 0 and not ENDING.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(min(rest, LOOK))
+            return None
+    _end(process)
+    return "ended, because kbsync is ending" if ENDING.is_set() else f"did not end within {seconds:g} s"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -17,7 +17,7 @@ __all__ = ["BEAT", "NOTED", "Phase", "Pulse"]
 BEAT = 5.0
 """Seconds between two beats of a part that is well."""
 NOTED = 30.0
-"""Seconds after which the beats are to be written down again."""
+"""Seconds after which the beats are written down again."""
 PATIENCE = 60.0
 """Seconds without a beat after which a part counts as stuck: a loaded machine misses one, or a few, not twelve."""
 
@@ -32,7 +32,6 @@ class Pulse:
         self._clock = clock
         self._lock = threading.Lock()
         self._last: dict[str, float] = {}
-        self._noted: float | None = None
 
     def beat(self, part: str) -> None:
         """`part` is alive now."""
@@ -43,14 +42,6 @@ class Pulse:
         """Seconds since the last beat, by part."""
         with self._lock:
             return {part: self._clock() - last for part, last in sorted(self._last.items())}
-
-    def due(self) -> bool:
-        """Whether the beats are to be written down now: true once in `NOTED` seconds."""
-        now = self._clock()
-        due = self._noted is None or now - self._noted >= NOTED
-        if due:
-            self._noted = now
-        return due
 
     def stuck(self, patience: float = PATIENCE) -> dict[str, float]:
         """The parts that have been silent for longer than `patience`, and for how many seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -55,6 +56,32 @@ def _runs(process: int) -> bool:
 def test_a_server_that_a_command_leaves_running_keeps_nobody_waiting(tmp_path: Path) -> None:
     assert run(tmp_path, "sleep 300 & echo $! > pid") == ""
     os.kill(int((tmp_path / "pid").read_text()), 9)
+
+
+def test_what_is_left_running_may_talk_without_end(tmp_path: Path) -> None:
+    """It is not ended by a word that nobody hears, no file grows of it, and the last words are still those told."""
+    problem = run(tmp_path, "(while :; do echo on and on; sleep 0.01; done) & echo $! > pid; exit 3")
+    talker = int((tmp_path / "pid").read_text())
+    try:
+        assert problem.startswith("status 3: ")
+        assert problem.endswith("on and on")
+        time.sleep(0.5)
+        assert _runs(talker)
+        assert Path(f"/proc/{talker}/fd/1").readlink().name.startswith("pipe:")
+    finally:
+        os.kill(talker, 9)
+
+
+def test_a_process_that_is_about_to_end_ends_its_commands_and_begins_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = threading.Event()
+    monkeypatch.setattr(hook, "ENDING", ending)
+    threading.Timer(0.5, ending.set).start()
+    assert run(tmp_path, "echo $$ > pid; sleep 300") == "ended, because kbsync is ending"
+    assert not _runs(int((tmp_path / "pid").read_text()))
+    assert run(tmp_path, "touch begun") == "not run: kbsync is ending"
+    assert not (tmp_path / "begun").exists()
 
 
 def test_a_command_sees_no_secret_but_those_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,3 +141,18 @@ def test_one_process_runs_passes_on_a_ledger(tmp_path: Path) -> None:
                 run_daemon(made.root)
         with other.led():
             pass
+
+
+def test_a_server_that_is_gone_or_does_not_end_a_statement_is_noticed(tmp_path: Path) -> None:
+    """The sockets have limits, and statements one that is far beyond what any takes; what the URL says wins."""
+    engine = database.engine_for(url(tmp_path), create=False)
+    other = make_url(url(tmp_path)).update_query_dict({"keepalives_idle": "7", "options": "-c statement_timeout=5000"})
+    chosen = database.engine_for(other.render_as_string(hide_password=False), create=False)
+    found = []
+    for one in (engine, chosen):
+        with one.connect() as connection:
+            options = connection.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+            limit = connection.exec_driver_sql("SHOW statement_timeout").scalar_one()
+            found.append((options["tcp_user_timeout"], options["keepalives_idle"], limit))
+        one.dispose()
+    assert found == [("30000", "15", "30min"), ("30000", "7", "5s")]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ import pytest
 from kbsync.daemon.systemd import Manager
 from kbsync.daemon.work import Work
 from kbsync.ledger import Ledger
-from tests.daemons import PATIENCE, Running
+from tests import postgres
+from tests.daemons import PATIENCE, Running, children
 from tests.workspaces import TestWorkspace, workspace
 
 ROOT = Path(__file__).parents[1]
+SOON = 30.0
+"""Seconds for the end of a daemon with a grace time of one second, on a busy machine."""
 QUIET = 2.0
 """Seconds, five times the watchdog's interval of a hung daemon here."""
 
@@ -170,6 +174,81 @@ def test_work_that_stalls_is_cancelled_and_the_daemon_goes_on(
     assert len(daemon.events("pass_put_back")) == 1
     assert listener.having("STATUS", "stuck") == []
     assert daemon.end() == 0
+
+
+def test_work_that_cannot_be_ended_does_not_outlive_the_daemon(
+    made: TestWorkspace, listener: Listener, start: Callable[..., Running]
+) -> None:
+    """The process ends with it, instead of giving its lock back and going on."""
+    daemon = hanging(made, start, "it.Reconciler.sync = stubborn")
+    listener.until("STATUS", "pass of sky")
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(SOON) == 0
+    [abandoned] = daemon.events("work_abandoned")
+    assert abandoned["reason"].startswith("pass of sky: ")
+
+
+NOTIFYING = """
+from datetime import timedelta
+from kbsync import hook
+def tell(reconciler):
+    folder = reconciler.workspace.root
+    print(hook.run("echo $$ > pid; sleep 300", folder=folder, variables={}, keep=(), seconds=300), flush=True)
+it.CHORES = (it.Chore("notify", timedelta(seconds=0.2), tell),)
+"""
+
+
+def test_a_command_that_is_run_for_a_notice_keeps_no_daemon_from_ending(
+    made: TestWorkspace, start: Callable[..., Running]
+) -> None:
+    """It is killed at half the grace time, and what ran it ends in order."""
+    daemon = hanging(made, start, NOTIFYING)
+    daemon.wait_for(lambda: (made.root / "pid").exists() and (made.root / "pid").read_text())
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.process.wait(SOON) == 0
+    assert not Path(f"/proc/{(made.root / 'pid').read_text().strip()}").exists()
+    assert "ended, because kbsync is ending" in daemon.log.read_text()
+    assert daemon.events("work_abandoned") == []
+
+
+def test_a_database_that_hangs_keeps_neither_the_main_loop_nor_the_end_of_the_daemon(
+    made: TestWorkspace, listener: Listener, start: Callable[..., Running]
+) -> None:
+    """A server that is stopped as it stands: it takes what is sent and answers nothing."""
+    try:
+        with postgres.restartable() as (server, _):
+            server.create("ledger")
+            config = made.root / "kbsync.yaml"
+            config.write_text(f"{config.read_text()}ledger: {server.url('ledger')}\n")
+            daemon = hanging(made, start, "it.NOTED = 0.2")
+            listener.until("STATUS", "pass of sky")
+            listener.until("STATUS", "idle")
+            with _stopped(server):
+                time.sleep(1)  # some beats would have been noted
+                fed = len(listener.having("WATCHDOG"))
+                listener.until("WATCHDOG", times=fed + 10)
+                daemon.process.send_signal(signal.SIGHUP)
+                listener.until("RELOADING")
+                fed = len(listener.having("WATCHDOG"))
+                listener.until("WATCHDOG", times=fed + 10)
+                daemon.process.send_signal(signal.SIGTERM)
+                assert daemon.process.wait(SOON) == 0
+    except postgres.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@contextmanager
+def _stopped(server: postgres.Server) -> Iterator[None]:
+    folder = Path(str(server.admin.query["host"]))
+    first = int((folder / "data" / "postmaster.pid").read_text().split()[0])
+    processes = [first, *children(first)]
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
 
 
 def _hears_nothing_more(listener: Listener) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,12 +32,14 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
 
+from kbsync import hook
 from kbsync.catalog import Catalog, load_catalog
 from kbsync.commands import BESIDE, UNDO, execute
 from kbsync.config import Workspace
 from kbsync.control import Gone, serve
 from kbsync.daemon.chores import CHORES, Chore, delivery
 from kbsync.daemon.clock import ClockWatch
+from kbsync.daemon.ending import CLOSING, forced, leave
 from kbsync.daemon.systemd import Manager, monotonic_usec
 from kbsync.daemon.turns import Turns
 from kbsync.daemon.work import Work
@@ -46,7 +49,7 @@ from kbsync.ledger.writer import Writer
 from kbsync.lock import writer_lock
 from kbsync.notify.outbox import Outbox
 from kbsync.progress import Progress, silent
-from kbsync.pulse import BEAT, Pulse
+from kbsync.pulse import BEAT, NOTED, Pulse
 from kbsync.reconcile import SCHEDULED, Reconciler
 from kbsync.schedule import Every, next_due, trigger
 from kbsync.web.server import serving
@@ -78,7 +81,8 @@ def run_daemon(root: Path) -> None:
         ledger = Ledger.open(workspace.ledger_url)
         try:
             with ledger.led():
-                Daemon(workspace, catalog, ledger).run()
+                if not Daemon(workspace, catalog, ledger).run():
+                    leave()
         finally:
             ledger.close()
 
@@ -92,6 +96,7 @@ class Daemon:
         self._ledger = ledger
         self._turns = Turns()
         self._reloading = threading.Event()
+        self._scheduling = threading.Lock()
         self._wake = threading.Event()
         self._pulse = Pulse()
         self._work = Work()
@@ -115,8 +120,10 @@ class Daemon:
             timezone=UTC,
         )
 
-    def run(self) -> None:
-        """Serve until `stop`; on return nothing is running any more."""
+    def run(self) -> bool:
+        """Serve until `stop`; whether all that ran has ended. Where it has not, the process must end before its locks
+        are given back."""
+        hook.ENDING.clear()
         self._tell("starting")
         self._reconciler(USER, silent).recover()
         server = serving(self._workspace, self._ledger, self._pulse, lambda: self._catalog)
@@ -126,6 +133,7 @@ class Daemon:
             self._schedule_chores()
             self._scheduler.start()
             self._pulse.beat("scheduler")
+            threading.Thread(target=self._note_beats, name="beats", daemon=True).start()
             log.info("daemon_started", workspace=str(self._workspace.root), policies=len(self._catalog.policies))
             self._pulse.phase = "running"
             self._tell(self._state(), READY="1")
@@ -133,27 +141,35 @@ class Daemon:
                 self._wake.wait(self._beat_seconds())
                 self._wake.clear()
                 self._watch()
-                self._beat()
+                self._pulse.beat("main")
                 if self._reloading.is_set():
                     self._reloading.clear()
                     self._tell("reading sources and policies again", RELOADING="1", MONOTONIC_USEC=monotonic_usec())
-                    self.reload()
-                    self._tell(self._state(), READY="1")
+                    self._aside("reload", self._reload)
                 if moved := self._clock.moved():
-                    self._mind_clock(moved)
+                    self._aside("clock", partial(self._mind_clock, moved))
             self._pulse.phase = "stopping"
-            self._finish()
-            self._outbox.stop(NOTICES)
-            self._note_beats(ended=True)
+            ended = self._finish() and self._end_beats()
         log.info("daemon_stopped")
+        return ended
 
-    def _beat(self) -> None:
-        """The main loop's sign of life; now and then the ledger learns those of all parts."""
-        self._pulse.beat("main")
-        if self._pulse.due():
-            self._note_beats()
+    def _aside(self, what: str, act: Callable[[], None]) -> None:
+        """Do what the main loop is not kept by, whatever the ledger does: a database may hang."""
 
-    def _note_beats(self, *, ended: bool = False) -> None:
+        def do() -> None:
+            with suppress(Busy), self._turns.beside(what):
+                act()
+
+        threading.Thread(target=do, name=what, daemon=True).start()
+
+    def _note_beats(self) -> None:
+        """Now and then the ledger learns the beats of all parts."""
+        while not self._turns.stopping.is_set():
+            with suppress(Busy), self._turns.beside("beats"):
+                self._write_beats()
+            self._turns.stopping.wait(NOTED)
+
+    def _write_beats(self, *, ended: bool = False) -> None:
         """`ended`: what is silent from now on has ended as it should."""
         try:
             with self._ledger.write() as db:
@@ -164,31 +180,42 @@ class Daemon:
         except KbsyncError as error:  # alive all the same: the next beat says so
             log.warning("beats_not_noted", problem=error.message)
 
+    def _end_beats(self) -> bool:
+        """Whether the ledger has learned that nothing beats any more; a database may hang."""
+        thread = threading.Thread(target=self._write_beats, kwargs={"ended": True}, daemon=True)
+        thread.start()
+        thread.join(CLOSING / 2)
+        return not thread.is_alive()
+
     def stop(self) -> None:
         """Ask `run` to end: no new work is begun, the current one ends or is put back within the grace time."""
         self._turns.stopping.set()
         self._wake.set()
 
-    def reload(self) -> None:
+    def _reload(self) -> None:
         """Read sources and policies again; where a file is wrong the old ones stay in force."""
-        before = self._catalog
-        try:
-            self._catalog = load_catalog(self._workspace)
-            self._schedule_all()
-        except KbsyncError as error:
-            self._catalog = before
-            log.error("reload_failed", problem=error.message, hint=error.hint)
-            return
-        log.info("reloaded", policies=sorted(self._catalog.policies))
+        with self._scheduling:
+            before = self._catalog
+            try:
+                self._catalog = load_catalog(self._workspace)
+                self._schedule_all()
+            except KbsyncError as error:
+                self._catalog = before
+                log.error("reload_failed", problem=error.message, hint=error.hint)
+            else:
+                log.info("reloaded", policies=sorted(self._catalog.policies))
+        if not self._turns.stopping.is_set():
+            self._tell(self._state(), READY="1")
 
     def _mind_clock(self, moved: float) -> None:
         """The time of day has jumped: what is due when is worked out again."""
         log.warning("clock_moved", seconds=round(moved))
-        self._schedule_chores()
-        try:
-            self._schedule_all()
-        except KbsyncError as error:
-            log.error("not_rescheduled", problem=error.message, hint=error.hint)
+        with self._scheduling:
+            self._schedule_chores()
+            try:
+                self._schedule_all()
+            except KbsyncError as error:
+                log.error("not_rescheduled", problem=error.message, hint=error.hint)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -211,24 +238,35 @@ class Daemon:
         signal.signal(signal.SIGINT, end)
         signal.signal(signal.SIGHUP, again)
         try:
-            yield
+            with forced(self._turns.stopping, lambda: float(self._workspace.settings.grace)):
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _finish(self) -> None:
-        """Give the current work half of the grace time to end by itself, then cancel it: it is put back."""
+    def _finish(self) -> bool:
+        """Give what goes on half of the grace time to end by itself, then cancel it: it is put back. Whether all has
+        ended."""
         self._scheduler.shutdown(wait=False)
         grace = float(self._workspace.settings.grace)
         doing = self._work.words()
         status = f"stopping, waiting for the {doing}" if doing else "stopping"
         self._tell(status, STOPPING="1", EXTEND_TIMEOUT_USEC=str(round((grace + AFTER_GRACE) * 1e6)))
-        if not self._turns.left(grace / 2):
-            return
-        log.info("cancelling", reason="stopping")
-        self._turns.cancelled.set()
-        if left := self._turns.left(grace / 2):
+        end, half = time.monotonic() + grace, grace / 2
+        notices = threading.Thread(target=self._outbox.stop, args=(min(NOTICES, half),), name="notices", daemon=True)
+        notices.start()
+        if self._turns.left(half):
+            log.info("cancelling", reason="stopping")
+            self._turns.cancelled.set()
+        notices.join(min(NOTICES, half))
+        hook.ENDING.set()
+        self._outbox.wait(5 * hook.LOOK)  # for the commands that this kills
+        left = self._turns.left(end - time.monotonic())
+        if notices.is_alive():  # one is being noted
+            left.append("notices")
+        if left:
             log.error("work_abandoned", reason=f"{', '.join(left)}: did not end within {grace:g} s")
+        return not left
 
     # What watches the work, and what the service manager hears ---------------------------------------------------
 
@@ -254,8 +292,7 @@ class Daemon:
             since = self._stalled = time.monotonic()
             self._turns.cancelled.set()
             problem = f"no progress for {limit:.0f} s: cancelled (`stall` in kbsync.yaml allows more)"
-            with suppress(KbsyncError):  # it may be the ledger that hangs
-                self._note_problem("work_stalled", self._work.words(), problem)
+            self._aside("stall", partial(self._note_problem, "work_stalled", self._work.words(), problem))
         return time.monotonic() - since > float(self._workspace.settings.grace)
 
     def _state(self) -> str:

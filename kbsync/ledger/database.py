@@ -80,8 +80,19 @@ BUSY_TIMEOUT = 5000
 CACHE = 64 * 1024
 """KiB of a SQLite file that a connection keeps: a pass writes all over the indexes of a large ledger."""
 
-CONNECT_TIMEOUT = 10
-"""Seconds that a server may take to answer."""
+PATIENCE = {
+    "connect_timeout": 10,  # seconds that a server may take to answer
+    "tcp_user_timeout": 30_000,  # milliseconds that what was sent may stay unacknowledged
+    "keepalives_idle": 15,  # seconds, twice, and times: a machine that is gone is noticed within half a minute
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+"""What libpq does about a server that is gone; what the ledger's URL says wins
+(postgresql.org/docs, 34.1.2 "Parameter Key Words")."""
+
+STATEMENT_TIMEOUT = 1_800_000
+"""Milliseconds after which PostgreSQL ends a statement, where neither URL, role nor server set a limit: half an hour,
+while the longest ones, which take in a million rows, need minutes."""
 
 BATCH = 10_000
 """Rows per executemany: large enough for the rate to be flat, small enough not to hold a feed twice in memory."""
@@ -130,14 +141,17 @@ def parsed(url: str) -> URL:
 
 
 def _server_engine(address: URL) -> Engine:
-    """An engine that notices when the server was restarted. Raises UsageError for any but PostgreSQL by psycopg."""
+    """An engine that notices when the server was restarted, or is gone. Raises UsageError for any but PostgreSQL by
+    psycopg."""
     if address.drivername != "postgresql+psycopg":
         raise UsageError(f"ledger URL is not usable: {address.drivername} is not supported", hint=_EXAMPLE)
-    patience = {} if "connect_timeout" in address.query else {"connect_timeout": CONNECT_TIMEOUT}
+    patience = {name: value for name, value in PATIENCE.items() if name not in address.query}
     try:
-        return create_engine(address, pool_pre_ping=True, connect_args=patience)
+        engine = create_engine(address, pool_pre_ping=True, connect_args=patience)
     except ImportError as error:
         raise UsageError(f"ledger URL is not usable: {error}", hint="pip install 'kbsync[postgres]'") from error
+    event.listen(engine, "connect", _prepare_server)
+    return engine
 
 
 def place_of(url: URL) -> str:
@@ -194,6 +208,12 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
             )
     finally:
         cursor.close()
+
+
+def _prepare_server(connection: Any, _record: object) -> None:
+    limit = f"set_config('statement_timeout', '{STATEMENT_TIMEOUT}', false)"
+    connection.execute(f"SELECT {limit} WHERE current_setting('statement_timeout') = '0'")
+    connection.commit()
 
 
 def _begin(connection: Connection) -> None:
