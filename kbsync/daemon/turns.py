@@ -45,21 +45,25 @@ class Turns:
 
         Raises Cancelled where `gone` says so before its turn comes, Busy where the daemon stops.
         """
-        self._wait(undo, gone)
+        self._wait(what, undo, gone)
         try:
-            with self._noted(what):
-                yield
+            yield
         finally:
             with self._changed:
                 self._busy = False
-                self._changed.notify_all()
+                self._over(what)
 
     @contextmanager
     def beside(self, what: str) -> Iterator[None]:
         """Work that waits for nobody. Raises Busy where the daemon stops."""
-        self._heed(lambda: False)
-        with self._noted(what):
+        with self._changed:
+            self._heed(lambda: False)
+            self._going[what] += 1
+        try:
             yield
+        finally:
+            with self._changed:
+                self._over(what)
 
     def left(self, seconds: float) -> list[str]:
         """What still goes on after so many seconds, or when nothing does: then an empty list."""
@@ -69,7 +73,7 @@ class Turns:
                 self._changed.wait(rest)
             return sorted(self._going)
 
-    def _wait(self, undo: bool, gone: Callable[[], bool]) -> None:
+    def _wait(self, what: str, undo: bool, gone: Callable[[], bool]) -> None:
         with self._changed:
             self._undoing += undo
             if undo:
@@ -80,6 +84,7 @@ class Turns:
                     self._changed.wait(LOOK)
                 self._heed(gone)
                 self._busy = True
+                self._going[what] += 1
             finally:
                 self._undoing -= undo
                 self._changed.notify_all()
@@ -92,14 +97,6 @@ class Turns:
         if self.stopping.is_set():
             raise Busy("the daemon is stopping", hint="give the command again in a moment")
 
-    @contextmanager
-    def _noted(self, what: str) -> Iterator[None]:
-        with self._changed:
-            self._going[what] += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._going[what] -= 1
-                self._going += Counter()  # without those that are 0
-                self._changed.notify_all()
+    def _over(self, what: str) -> None:
+        self._going -= Counter([what])  # keeps what is more than 0
+        self._changed.notify_all()
