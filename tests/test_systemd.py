@@ -194,7 +194,7 @@ from kbsync import hook
 def tell(reconciler):
     folder = reconciler.workspace.root
     print(hook.run("echo $$ > pid; sleep 300", folder=folder, variables={}, keep=(), seconds=300), flush=True)
-it.CHORES = (it.Chore("notify", timedelta(seconds=0.2), tell),)
+it.CHORES = (it.Chore("telling", timedelta(seconds=0.2), tell),)
 """
 
 
