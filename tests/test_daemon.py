@@ -120,6 +120,41 @@ def test_sighup_reads_the_policies_again_and_a_broken_file_leaves_the_old_ones(
     assert daemon.end() == 0
 
 
+def test_sighup_takes_what_kbsync_yaml_says_now_and_names_what_waits_for_a_restart(
+    made: TestWorkspace, start: Callable[[], Running]
+) -> None:
+    """A new channel is used at once, another model is not, and the ledger knows what is due when."""
+    daemon = start()
+    daemon.wait_for(lambda: daemon.events("run_finished"))
+    config, policy = made.root / "kbsync.yaml", made.root / "policies" / "sky.yaml"
+    text = config.read_text()
+    model = next(line for line in text.splitlines() if line.startswith("model:"))
+    channels = "notify:\n  channels:\n    - {name: ops, type: command, run: cat >> told}\n"
+    config.write_text(text.replace(model, "model: other") + channels)
+    policy.write_text(policy.read_text().replace("every: 1h", "every: 7d"))
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for(lambda: daemon.events("restart_needed"))
+    assert daemon.events("restart_needed")[0]["keys"] == ["model"]
+    assert daemon.events("reloaded")[0]["changed"] == ["notify"]
+    assert perform(made.root, "test_channel", {"channel": "ops"}, user="ada")["delivered"]
+    assert "a test of this channel" in (made.root / "told").read_text()
+    ledger = Ledger.open(Workspace.load(made.root).ledger_url)
+    with ledger.read() as db:
+        state = db.schedule_state("sky")
+    ledger.close()
+    assert state.last_started is not None
+    assert state.next_due is not None
+    assert timedelta(days=6.9) < state.next_due - state.last_started < timedelta(days=7.1)
+    made.feed(STARS | {"Sirius": "Rome"})
+    [report] = perform(made.root, "sync", {}, user="ada")["reports"]
+    assert report["status"] == "done"
+    config.write_text("model: [")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for(lambda: daemon.events("reload_failed"))
+    assert "kbsync.yaml" in daemon.events("reload_failed")[0]["problem"]
+    assert daemon.end() == 0
+
+
 def test_a_daemon_that_is_killed_leaves_a_workspace_that_the_next_one_takes_over(
     made: TestWorkspace, start: Callable[[], Running]
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,25 @@ def test_json_is_read_as_json_reads_it(tmp_path_factory: pytest.TempPathFactory,
     path = tmp_path_factory.mktemp("yaml") / "file.yaml"
     path.write_text(json.dumps({"key": value}, ensure_ascii=False), encoding="utf-8")
     assert read_document(path).value == {"key": value}
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    """The open of a pipe that nobody writes to would hang whoever reads the workspace."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    found: list[str] = []
+
+    def read() -> None:
+        for name in ("pipe.yaml", "folder.yaml"):
+            try:
+                read_document(tmp_path / name)
+            except ConfigError as error:
+                found.append(error.message)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(60)
+    assert found == [
+        f"{tmp_path}/pipe.yaml: is no regular file",
+        f"{tmp_path}/folder.yaml: cannot be read: Is a directory",
+    ]

@@ -3,7 +3,7 @@
 Schedules live in memory and are rebuilt from the policies at every start; what was due meanwhile is in the ledger, so
 an overdue policy runs once at start. A rollback does not wait: it cancels the running edit, which is planned again
 after it. SIGTERM and SIGINT end the current work within the grace time and exit 0 (a second one exits at once);
-SIGHUP reads the policies again, and a broken file leaves the old ones in force.
+SIGHUP reads kbsync.yaml, sources and policies again, and a broken file leaves the old ones in force.
 
 systemd is told of all that, and hears from the watchdog only while the parts beat: work without progress for `stall` is
 cancelled, and where that does not end it, the beats end and systemd starts the daemon anew.
@@ -35,11 +35,12 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from kbsync import hook
 from kbsync.catalog import Catalog, load_catalog
 from kbsync.commands import BESIDE, UNDO, execute
-from kbsync.config import Workspace
+from kbsync.config import CONFIG, Workspace
 from kbsync.control import Gone, serve
 from kbsync.daemon.chores import CHORES, Chore, delivery
 from kbsync.daemon.clock import ClockWatch
 from kbsync.daemon.ending import CLOSING, forced, leave
+from kbsync.daemon.reread import reread
 from kbsync.daemon.systemd import Manager, monotonic_usec
 from kbsync.daemon.turns import Turns
 from kbsync.daemon.work import Work
@@ -47,7 +48,7 @@ from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
 from kbsync.ledger import Ledger
 from kbsync.ledger.writer import Writer
 from kbsync.lock import writer_lock
-from kbsync.notify.outbox import Outbox
+from kbsync.notify.outbox import Outbox, enroll
 from kbsync.progress import Progress, silent
 from kbsync.pulse import BEAT, NOTED, Pulse
 from kbsync.reconcile import SCHEDULED, Reconciler
@@ -106,6 +107,8 @@ class Daemon:
         self._said = ""
         self._due: dict[str, datetime] = {}
         """When each policy is due: the scheduler itself may hang, with its lock held, while the main loop asks."""
+        self._waiting: list[str] = []
+        """Keys of kbsync.yaml that were changed and wait for the next start."""
         self._clock = ClockWatch()
         self._scheduler = BackgroundScheduler(
             jobstores={"default": MemoryJobStore()},
@@ -144,7 +147,11 @@ class Daemon:
                 self._pulse.beat("main")
                 if self._reloading.is_set():
                     self._reloading.clear()
-                    self._tell("reading sources and policies again", RELOADING="1", MONOTONIC_USEC=monotonic_usec())
+                    self._tell(
+                        "reading kbsync.yaml, sources and policies again",
+                        RELOADING="1",
+                        MONOTONIC_USEC=monotonic_usec(),
+                    )
                     self._aside("reload", self._reload)
                 if moved := self._clock.moved():
                     self._aside("clock", partial(self._mind_clock, moved))
@@ -193,17 +200,22 @@ class Daemon:
         self._wake.set()
 
     def _reload(self) -> None:
-        """Read sources and policies again; where a file is wrong the old ones stay in force."""
+        """Read kbsync.yaml, sources and policies again; where a file is wrong the old ones stay in force."""
         with self._scheduling:
-            before = self._catalog
+            before = self._workspace, self._catalog
             try:
+                self._workspace, changes = reread(self._workspace)
                 self._catalog = load_catalog(self._workspace)
+                enroll(self._workspace, self._ledger)
                 self._schedule_all()
             except KbsyncError as error:
-                self._catalog = before
+                self._workspace, self._catalog = before
                 log.error("reload_failed", problem=error.message, hint=error.hint)
             else:
-                log.info("reloaded", policies=sorted(self._catalog.policies))
+                self._waiting = changes.waiting
+                log.info("reloaded", policies=sorted(self._catalog.policies), changed=changes.taken)
+                if changes.waiting:
+                    log.warning("restart_needed", file=CONFIG, keys=changes.waiting)
         if not self._turns.stopping.is_set():
             self._tell(self._state(), READY="1")
 
@@ -302,8 +314,10 @@ class Daemon:
             return "stuck: " + ", ".join(f"{part} for {seconds:.0f} s" for part, seconds in stuck.items())
         if doing := self._work.words():
             return doing
+        restart = f"; a restart takes {', '.join(self._waiting)} of {CONFIG}" if self._waiting else ""
         due = [self._due[name] for name in self._catalog.policies if name in self._due]
-        return f"idle, next pass {min(due):%Y-%m-%d %H:%M} UTC" if due else "idle, no policy is scheduled"
+        coming = f"next pass {min(due):%Y-%m-%d %H:%M} UTC" if due else "no policy is scheduled"
+        return f"idle, {coming}{restart}"
 
     def _tell(self, status: str, **fields: str) -> None:
         """Tell the manager, but not the same status twice."""
@@ -326,12 +340,12 @@ class Daemon:
 
     def _schedule_all(self) -> None:
         """Make the jobs those of the policies. Due now is one that never ran, one that is overdue by the ledger, and
-        one whose last pass was interrupted, put back or failed."""
+        one whose last pass was interrupted, put back or failed. The ledger learns what has changed."""
         wanted = self._catalog.policies
         for job in self._scheduler.get_jobs():
             if job.func == self._pass and job.id not in wanted:
                 job.remove()
-        now = datetime.now(UTC)
+        now, changed = datetime.now(UTC), []
         for name, policy in wanted.items():
             with self._ledger.read() as db:
                 state = db.schedule_state(name)
@@ -340,8 +354,8 @@ class Daemon:
             planned = self._due.get(name, state.next_due)
             first = now if unfinished else next_due(policy.schedule, state.last_started, now, planned)
             self._due[name] = first
-            if state.last_started is not None and state.last_started > now:  # or each start would put it off anew
-                self._note_due(name)
+            if first != state.next_due:
+                changed.append(name)
             self._scheduler.add_job(
                 self._pass,
                 trigger(policy.schedule),
@@ -350,6 +364,8 @@ class Daemon:
                 replace_existing=True,
                 next_run_time=first,
             )
+        if changed:
+            self._note_due(*changed)
 
     def _schedule_chores(self) -> None:
         beats = Every(seconds=BEAT, timezone=UTC)
@@ -446,9 +462,12 @@ class Daemon:
         if job is not None and job.next_run_time is not None:
             self._due[name] = job.next_run_time
 
-    def _note_due(self, name: str) -> None:
-        due = self._due.get(name)
-        self._note(lambda db: db.set_schedule_state(replace(db.schedule_state(name), next_due=due)))
+    def _note_due(self, *names: str) -> None:
+        def write(db: Writer) -> None:
+            for name in names:
+                db.set_schedule_state(replace(db.schedule_state(name), next_due=self._due.get(name)))
+
+        self._note(write)
 
     def _note(self, write: Callable[[Writer], None]) -> None:
         """Write to the ledger what nothing depends on: a full disk or a server that is away must not end the daemon."""
