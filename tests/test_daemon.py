@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from kbsync.catalog import load_catalog
 from kbsync.commands import perform
 from kbsync.config import Workspace
+from kbsync.control import call
 from kbsync.daemon import Daemon
 from kbsync.daemon.chores import Chore
 from kbsync.errors import Cancelled, KbsyncError, UsageError
@@ -255,3 +259,48 @@ def test_passes_that_wait_for_each_other_hold_up_no_chore(made: TestWorkspace, m
         may_end.set()
         thread.join(PATIENCE)
         ledger.close()
+
+
+def test_commands_whose_clients_hung_up_are_dropped_during_an_edit_and_a_rollback_is_taken_past_those_that_wait(
+    made: TestWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`timeout 60 kbsync sync` from cron, again and again during a long edit, and a person who wants it undone."""
+    monkeypatch.setattr("kbsync.control.CLIENTS", 2)
+    editing, undone = threading.Event(), threading.Event()
+
+    def edit(*_args: object, cancelled: threading.Event, **_options: object) -> None:
+        editing.set()
+        assert cancelled.wait(PATIENCE)
+        undone.set()
+        raise Cancelled("rolled back")
+
+    monkeypatch.setattr("kbsync.reconcile.run_edit", edit)
+    workspace_, ledger = Workspace.load(made.root), Ledger.open(Workspace.load(made.root).ledger_url)
+    daemon = Daemon(workspace_, load_catalog(workspace_), ledger)
+    thread = threading.Thread(target=daemon.run)
+    with capture_logs() as logged, ExitStack() as stack:
+        stack.callback(ledger.close)
+        stack.callback(thread.join, PATIENCE)
+        stack.callback(daemon.stop)
+        thread.start()
+        assert editing.wait(PATIENCE)
+        for _ in range(2):
+            _asking_to_sync(workspace_).close()
+        end = time.monotonic() + PATIENCE
+        while len([event for event in logged if event["event"] == "command_dropped"]) < 2:
+            assert time.monotonic() < end, logged
+            time.sleep(0.05)
+        for _ in range(2):
+            stack.callback(_asking_to_sync(workspace_).close)
+        time.sleep(0.5)  # both wait
+        assert not undone.is_set()
+        with suppress(UsageError):  # there may be nothing yet to go back from
+            call(workspace_.socket, "rollback", {"to": 0}, user="ada")
+        assert undone.is_set()
+
+
+def _asking_to_sync(place: Workspace) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(place.socket))
+    client.sendall(b'{"command": "sync", "arguments": {}, "user": "cron"}\n')
+    return client
