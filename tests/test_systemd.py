@@ -117,10 +117,10 @@ def test_a_daemon_says_ready_what_it_does_reloading_and_stopping_in_this_order(
 
 
 HANG = """\
-import sys, threading, kbsync.daemon.daemon as it
+import sys, threading, kbsync.daemon.daemon as it, kbsync.daemon.timetable as table
 from kbsync.cli import main
 it.Pulse.stuck.__defaults__ = (0.5,)
-it.BEAT = 0.1
+it.BEAT = table.BEAT = 0.1
 def forever(*_, **__): threading.Event().wait()
 def stubborn(self, *_, **__): forever()
 def patient(self, *_, **__):
@@ -155,7 +155,7 @@ def test_a_daemon_whose_scheduler_hangs_stops_feeding_the_watchdog(
     made: TestWorkspace, listener: Listener, start: Callable[..., Running]
 ) -> None:
     """A dead scheduler thread starts no pass, though the main loop goes on."""
-    hanging(made, start, "it.DebugExecutor._do_submit_job = forever")
+    hanging(made, start, "table.DebugExecutor._do_submit_job = forever")
     listener.until("STATUS", "stuck: scheduler")
     _hears_nothing_more(listener)
 

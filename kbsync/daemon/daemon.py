@@ -1,7 +1,6 @@
 """`kbsync daemon`: passes on schedule, write commands through the control socket, one piece of work at a time.
 
-Schedules live in memory and are rebuilt from the policies at every start; what was due meanwhile is in the ledger, so
-an overdue policy runs once at start. A rollback does not wait: it cancels the running edit, which is planned again
+An overdue policy runs once at start. A rollback does not wait: it cancels the running edit, which is planned again
 after it. SIGTERM and SIGINT end the current work within the grace time and exit 0 (a second one exits at once);
 SIGHUP reads kbsync.yaml, sources and policies again, and a broken file leaves the old ones in force.
 
@@ -18,19 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import structlog
-from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
-from apscheduler.executors.debug import DebugExecutor
-from apscheduler.executors.pool import ThreadPoolExecutor
-from apscheduler.jobstores.memory import MemoryJobStore
-from apscheduler.schedulers.background import BackgroundScheduler
 
 from kbsync import hook
 from kbsync.catalog import Catalog, load_catalog
@@ -42,6 +34,7 @@ from kbsync.daemon.clock import ClockWatch
 from kbsync.daemon.ending import CLOSING, forced, leave
 from kbsync.daemon.reread import reread
 from kbsync.daemon.systemd import Manager, monotonic_usec
+from kbsync.daemon.timetable import Timetable
 from kbsync.daemon.turns import Turns
 from kbsync.daemon.work import Work
 from kbsync.errors import Busy, Cancelled, KbsyncError, place_of
@@ -52,24 +45,15 @@ from kbsync.notify.outbox import Outbox, enroll
 from kbsync.progress import Progress, silent
 from kbsync.pulse import BEAT, NOTED, Pulse
 from kbsync.reconcile import SCHEDULED, Reconciler
-from kbsync.schedule import Every, next_due, trigger
 from kbsync.web.server import serving
 
 __all__ = ["Daemon", "run_daemon"]
 
 USER = "daemon"
-UNFINISHED = ("failed", "cancelled")
-"""How a pass ended that the next start begins again at once."""
 NOTICES = 5.0
 """Seconds that a notice on its way has when the daemon ends; then it counts as not delivered."""
 AFTER_GRACE = 15.0
 """Seconds after the grace time in which a daemon that stops still closes what it has open."""
-EVENTS = {
-    EVENT_JOB_ERROR: "job_error",
-    EVENT_JOB_MISSED: "job_missed",
-    EVENT_JOB_MAX_INSTANCES: "job_skipped_still_running",
-}
-
 log = structlog.get_logger()
 
 
@@ -105,22 +89,11 @@ class Daemon:
         self._stalled: float | None = None
         self._manager = Manager.from_environment()
         self._said = ""
-        self._due: dict[str, datetime] = {}
-        """When each policy is due: the scheduler itself may hang, with its lock held, while the main loop asks."""
         self._waiting: list[str] = []
         """Keys of kbsync.yaml that were changed and wait for the next start."""
         self._clock = ClockWatch()
-        self._scheduler = BackgroundScheduler(
-            jobstores={"default": MemoryJobStore()},
-            # "beside": chores that do not wait for the work, however many passes do. "own": in the scheduler's own
-            # thread, which so beats itself, however busy the pools are.
-            executors={
-                "default": ThreadPoolExecutor(max_workers=4),
-                "beside": ThreadPoolExecutor(max_workers=2),
-                "own": DebugExecutor(),
-            },
-            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
-            timezone=UTC,
+        self._timetable = Timetable(
+            ledger, self._pass, self._do, partial(self._pulse.beat, "scheduler"), self._note_problem
         )
 
     def run(self) -> bool:
@@ -131,10 +104,9 @@ class Daemon:
         self._reconciler(USER, silent).recover()
         server = serving(self._workspace, self._ledger, self._pulse, lambda: self._catalog)
         with self._signals(), serve(self._workspace.socket, self._handle, urgent=UNDO | BESIDE), server:
-            self._scheduler.add_listener(self._note_event, sum(EVENTS))
-            self._schedule_all()
-            self._schedule_chores()
-            self._scheduler.start()
+            self._timetable.set_passes(self._catalog.policies)
+            self._timetable.set_chores((*CHORES, delivery(self._outbox)))
+            self._timetable.start()
             self._pulse.beat("scheduler")
             threading.Thread(target=self._note_beats, name="beats", daemon=True).start()
             log.info("daemon_started", workspace=str(self._workspace.root), policies=len(self._catalog.policies))
@@ -207,7 +179,7 @@ class Daemon:
                 self._workspace, changes = reread(self._workspace)
                 self._catalog = load_catalog(self._workspace)
                 enroll(self._workspace, self._ledger)
-                self._schedule_all()
+                self._timetable.set_passes(self._catalog.policies)
             except KbsyncError as error:
                 self._workspace, self._catalog = before
                 log.error("reload_failed", problem=error.message, hint=error.hint)
@@ -223,9 +195,9 @@ class Daemon:
         """The time of day has jumped: what is due when is worked out again."""
         log.warning("clock_moved", seconds=round(moved))
         with self._scheduling:
-            self._schedule_chores()
+            self._timetable.set_chores((*CHORES, delivery(self._outbox)))
             try:
-                self._schedule_all()
+                self._timetable.set_passes(self._catalog.policies)
             except KbsyncError as error:
                 log.error("not_rescheduled", problem=error.message, hint=error.hint)
 
@@ -259,7 +231,7 @@ class Daemon:
     def _finish(self) -> bool:
         """Give what goes on half of the grace time to end by itself, then cancel it: it is put back. Whether all has
         ended."""
-        self._scheduler.shutdown(wait=False)
+        self._timetable.stop()
         grace = float(self._workspace.settings.grace)
         doing = self._work.words()
         status = f"stopping, waiting for the {doing}" if doing else "stopping"
@@ -315,7 +287,7 @@ class Daemon:
         if doing := self._work.words():
             return doing
         restart = f"; a restart takes {', '.join(self._waiting)} of {CONFIG}" if self._waiting else ""
-        due = [self._due[name] for name in self._catalog.policies if name in self._due]
+        due = [self._timetable.due[name] for name in self._catalog.policies if name in self._timetable.due]
         coming = f"next pass {min(due):%Y-%m-%d %H:%M} UTC" if due else "no policy is scheduled"
         return f"idle, {coming}{restart}"
 
@@ -338,50 +310,6 @@ class Daemon:
                 self._wake.set()
                 self._stalled = None
 
-    def _schedule_all(self) -> None:
-        """Make the jobs those of the policies. Due now is one that never ran, one that is overdue by the ledger, and
-        one whose last pass was interrupted, put back or failed. The ledger learns what has changed."""
-        wanted = self._catalog.policies
-        for job in self._scheduler.get_jobs():
-            if job.func == self._pass and job.id not in wanted:
-                job.remove()
-        now, changed = datetime.now(UTC), []
-        for name, policy in wanted.items():
-            with self._ledger.read() as db:
-                state = db.schedule_state(name)
-                latest = db.runs(1, policy=name)
-            unfinished = bool(latest) and latest[0].status in UNFINISHED
-            planned = self._due.get(name, state.next_due)
-            first = now if unfinished else next_due(policy.schedule, state.last_started, now, planned)
-            self._due[name] = first
-            if first != state.next_due:
-                changed.append(name)
-            self._scheduler.add_job(
-                self._pass,
-                trigger(policy.schedule),
-                args=[name],
-                id=name,
-                replace_existing=True,
-                next_run_time=first,
-            )
-        if changed:
-            self._note_due(*changed)
-
-    def _schedule_chores(self) -> None:
-        beats = Every(seconds=BEAT, timezone=UTC)
-        self._scheduler.add_job(
-            self._pulse.beat, beats, ["scheduler"], id="pulse", executor="own", replace_existing=True
-        )
-        for chore in (*CHORES, delivery(self._outbox)):
-            self._scheduler.add_job(
-                self._do,
-                Every(seconds=chore.every.total_seconds(), timezone=UTC),
-                [chore],
-                id=f"chore {chore.name}",
-                executor="default" if chore.alone else "beside",
-                replace_existing=True,
-            )
-
     def _do(self, chore: Chore) -> None:
         """One chore; alone, or beside what else is going on."""
         what = f"chore {chore.name}"
@@ -400,7 +328,7 @@ class Daemon:
         with suppress(Busy), self._doing(f"pass of {name}"):
             if name not in self._catalog.policies:
                 return
-            self._look_ahead(name)
+            self._timetable.look_ahead(name)
             try:
                 reports = self._reconciler(USER, self._work.progress).sync([name], trigger=SCHEDULED)
                 for report in reports:
@@ -408,14 +336,16 @@ class Daemon:
                         raise report.problems[0]
             except Cancelled as error:
                 log.info("pass_put_back", policy=name, reason=error.message)
-                if self._stalled is None:  # what stalled may stall again: it waits for its next time
-                    self._again(name)
+                if (
+                    self._stalled is None and not self._turns.stopping.is_set()
+                ):  # what stalled may stall again: it waits for its next time
+                    self._timetable.again(name)
             except KbsyncError as error:
                 log.error("pass_failed", policy=name, problem=error.message, hint=error.hint)
             except Exception as error:
                 self._note_problem("job_error", name, place_of(error))
-            self._look_ahead(name)
-            self._note_due(name)
+            self._timetable.look_ahead(name)
+            self._timetable.note(name)
 
     def _handle(
         self, command: str, arguments: dict[str, Any], user: str, progress: Progress, gone: Gone
@@ -447,28 +377,6 @@ class Daemon:
     def _reconciler(self, user: str, progress: Progress) -> Reconciler:
         return Reconciler(self._workspace, self._catalog, self._ledger, user, progress, self._turns.cancelled)
 
-    def _again(self, name: str) -> None:
-        """A cancelled pass begins again in a second, after the command that cancelled it, unless the daemon is
-        stopping. A job of its own: the policy's job would be skipped while it is still ending."""
-        if not self._turns.stopping.is_set():
-            soon = datetime.now(UTC) + timedelta(seconds=1)
-            self._scheduler.add_job(
-                self._pass, "date", [name], run_date=soon, id=f"{name}, again", replace_existing=True
-            )
-
-    def _look_ahead(self, name: str) -> None:
-        """When the scheduler will begin the policy's next pass."""
-        job = self._scheduler.get_job(name)
-        if job is not None and job.next_run_time is not None:
-            self._due[name] = job.next_run_time
-
-    def _note_due(self, *names: str) -> None:
-        def write(db: Writer) -> None:
-            for name in names:
-                db.set_schedule_state(replace(db.schedule_state(name), next_due=self._due.get(name)))
-
-        self._note(write)
-
     def _note(self, write: Callable[[Writer], None]) -> None:
         """Write to the ledger what nothing depends on: a full disk or a server that is away must not end the daemon."""
         try:
@@ -476,11 +384,6 @@ class Daemon:
                 write(db)
         except KbsyncError as error:
             log.error("not_noted", problem=error.message, hint=error.hint)
-
-    def _note_event(self, event: JobEvent) -> None:
-        """What the scheduler could not do is in the log and in the ledger."""
-        error = getattr(event, "exception", None)
-        self._note_problem(EVENTS[event.code], event.job_id, place_of(error) if error else "")
 
     def _note_problem(self, kind: str, policy: str, problem: str) -> None:
         detail: dict[str, Any] = {"policy": policy, "problem": problem}

@@ -1,0 +1,146 @@
+"""What the daemon begins when: passes by their policies' schedules, chores by their periods.
+
+Schedules live in memory and are rebuilt from the policies at every start; what was due meanwhile is in the ledger,
+which learns when each policy is due next as soon as that changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, JobEvent
+from apscheduler.executors.debug import DebugExecutor
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.memory import MemoryJobStore
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from kbsync.daemon.chores import Chore
+from kbsync.errors import KbsyncError, place_of
+from kbsync.ledger import Ledger
+from kbsync.policy import Policy
+from kbsync.pulse import BEAT
+from kbsync.schedule import Every, next_due, trigger
+
+__all__ = ["Timetable"]
+
+UNFINISHED = ("failed", "cancelled")
+"""How a pass ended that the next start begins again at once."""
+EVENTS = {
+    EVENT_JOB_ERROR: "job_error",
+    EVENT_JOB_MISSED: "job_missed",
+    EVENT_JOB_MAX_INSTANCES: "job_skipped_still_running",
+}
+
+log = structlog.get_logger()
+
+
+class Timetable:
+    """Begins passes by `begin(policy)` and chores by `do(chore)`, in threads of its own, and calls `beat` as long as it
+    lives. `tell(kind, job, problem)` hears what could not be begun."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        begin: Callable[[str], None],
+        do: Callable[[Chore], None],
+        beat: Callable[[], None],
+        tell: Callable[[str, str, str], None],
+    ) -> None:
+        self.due: dict[str, datetime] = {}
+        """When each policy is due: the scheduler itself may hang, with its lock held, while the main loop asks."""
+        self._ledger = ledger
+        self._begin = begin
+        self._do = do
+        self._beat = beat
+        self._tell = tell
+        self._scheduler = BackgroundScheduler(
+            jobstores={"default": MemoryJobStore()},
+            # "beside": chores that do not wait for the work, however many passes do. "own": in the scheduler's own
+            # thread, which so beats itself, however busy the pools are.
+            executors={
+                "default": ThreadPoolExecutor(max_workers=4),
+                "beside": ThreadPoolExecutor(max_workers=2),
+                "own": DebugExecutor(),
+            },
+            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
+            timezone=UTC,
+        )
+        self._scheduler.add_listener(self._hear, sum(EVENTS))
+
+    def start(self) -> None:
+        """Begin what is due from now on."""
+        self._scheduler.start()
+
+    def stop(self) -> None:
+        """Begin nothing more; what runs goes on."""
+        self._scheduler.shutdown(wait=False)
+
+    def set_passes(self, policies: Mapping[str, Policy]) -> None:
+        """Passes are those of these policies. Due now is one that never ran, one that is overdue by the ledger, and one
+        whose last pass was interrupted, put back or failed. Raises LedgerError and Busy."""
+        for job in self._scheduler.get_jobs():
+            if job.func == self._begin and job.id not in policies:
+                job.remove()
+        now, changed = datetime.now(UTC), []
+        for name, policy in policies.items():
+            with self._ledger.read() as db:
+                state = db.schedule_state(name)
+                latest = db.runs(1, policy=name)
+            unfinished = bool(latest) and latest[0].status in UNFINISHED
+            planned = self.due.get(name, state.next_due)
+            first = now if unfinished else next_due(policy.schedule, state.last_started, now, planned)
+            self.due[name] = first
+            if first != state.next_due:
+                changed.append(name)
+            self._scheduler.add_job(
+                self._begin,
+                trigger(policy.schedule),
+                args=[name],
+                id=name,
+                replace_existing=True,
+                next_run_time=first,
+            )
+        if changed:
+            self.note(*changed)
+
+    def set_chores(self, chores: Iterable[Chore]) -> None:
+        """Chores are these, each first due in one period of its own."""
+        beats = Every(seconds=BEAT, timezone=UTC)
+        self._scheduler.add_job(self._beat, beats, id="pulse", executor="own", replace_existing=True)
+        for chore in chores:
+            self._scheduler.add_job(
+                self._do,
+                Every(seconds=chore.every.total_seconds(), timezone=UTC),
+                [chore],
+                id=f"chore {chore.name}",
+                executor="default" if chore.alone else "beside",
+                replace_existing=True,
+            )
+
+    def again(self, name: str) -> None:
+        """A pass begins again in a second, after the command that cancelled it. A job of its own: the policy's job
+        would be skipped while it is still ending."""
+        soon = datetime.now(UTC) + timedelta(seconds=1)
+        self._scheduler.add_job(self._begin, "date", [name], run_date=soon, id=f"{name}, again", replace_existing=True)
+
+    def look_ahead(self, name: str) -> None:
+        """When the scheduler will begin the policy's next pass."""
+        job = self._scheduler.get_job(name)
+        if job is not None and job.next_run_time is not None:
+            self.due[name] = job.next_run_time
+
+    def note(self, *names: str) -> None:
+        """Tell the ledger when policies are due. Where it cannot be told, that is logged: nothing depends on it."""
+        try:
+            with self._ledger.write() as db:
+                for name in names:
+                    db.set_schedule_state(replace(db.schedule_state(name), next_due=self.due.get(name)))
+        except KbsyncError as error:
+            log.error("not_noted", problem=error.message, hint=error.hint)
+
+    def _hear(self, event: JobEvent) -> None:
+        error = getattr(event, "exception", None)
+        self._tell(EVENTS[event.code], event.job_id, place_of(error) if error else "")
