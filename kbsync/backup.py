@@ -5,7 +5,8 @@
       kbsync.yaml  sources/  policies/            as declared, and files that these name; no secrets
       data/ledger.db                              one consistent state, checked
       data/versions/<model>/000007.json           every manifest that is whole
-      data/deltas/sha256/<hex>.safetensors        those of HEAD and of versions with an alias, or of all
+      data/deltas/sha256/<hex>.safetensors        those of HEAD, of versions with an alias, or that one demotion
+                                                  gives it again; or of all
 
     make_backup(workspace, ledger, Path("backups/2026-11-25"))
     check_backup(Path("backups/2026-11-25"))      # each file is as the index says
@@ -50,7 +51,7 @@ CHUNK = 1 << 20
 """Bytes that are copied and hashed at a time."""
 
 _DAMAGED = "take the file from an older backup; `kbsync verify` names all that is wrong"
-STALE = 3600.0
+STALE = 86400.0
 """Seconds for which nothing has been written into an unfinished folder of a process that was killed."""
 _UNFINISHED = f"{TEMPORARY}kbsync-"
 """How the names of folders begin that are to become a backup or a workspace."""
@@ -256,7 +257,8 @@ def _files_of_versions(
     records: dict[str, str] = {}
     for model in db.models():
         store, files, restorable = VersionStore(workspace.data, model.id), db.files(model.id), db.restorable(model.id)
-        chosen = restorable if everything else restorable & {model.head, *db.aliases(model.id).values()}
+        served = {model.head, *db.aliases(model.id).values(), *db.behind(model.id).values()}
+        chosen = restorable if everything else restorable & served
         deltas = {delta for number in chosen for delta in files[number]}
         versions[model.id] = tuple(sorted(number for number in restorable if files[number] <= deltas))
         wanted |= {_place(workspace, store.delta_path(delta)): delta for delta in deltas}

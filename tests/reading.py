@@ -21,8 +21,9 @@ __all__ = ["FileInBlock", "enforce"]
 _FILES = re.compile(r"\.safetensors$|/versions/[^/]+/\d{6,}\.json$")
 
 
-class FileInBlock(AssertionError):
-    """A file of the version store was opened inside a block of `Ledger.read` or `Ledger.write`."""
+class FileInBlock(BaseException):
+    """A file of the version store was opened inside a block of `Ledger.read` or `Ledger.write`. No Exception: code that
+    makes the best of a file that it cannot read must not make the best of this."""
 
 
 class _Blocks(threading.local):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kbsync.aliases import demote, promote
 from kbsync.backup import Index, check_backup, make_backup
 from kbsync.commands import execute, perform
 from kbsync.config import Workspace
@@ -139,6 +140,16 @@ def test_versions_with_an_alias_or_all_of_them_can_be_taken_along(made: TestWork
     for root in (tmp_path / "one", tmp_path / "other"):
         assert live(root)[0] == 3
         assert len(list((root / "data" / "versions" / model).glob("*.json"))) == 3
+
+
+def test_what_a_demotion_brings_back_comes_along(made: TestWorkspace, tmp_path: Path) -> None:
+    with made.open() as reconciler:
+        promote(reconciler.line(), 1)
+        promote(reconciler.line(), 2)
+    take(made, tmp_path / "backup")
+    restore(tmp_path / "backup", tmp_path / "there", user="test")
+    with open_workspace(tmp_path / "there", user="test") as reconciler:
+        assert demote(reconciler.line(), "live")["version"] == 1
 
 
 def test_no_secret_is_in_a_backup_and_only_its_owner_can_read_it(made: TestWorkspace, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event, text
 
+from kbsync.cli.facts import paged
 from kbsync.errors import UsageError
 from kbsync.facts import Conflict, Entity, FactKey, Hold, Provenance
+from kbsync.ledger import read_facts
 from kbsync.ledger.lineage import lineage
 from kbsync.ledger.read_events import Event
 from kbsync.ledger.read_facts import FactFilter
@@ -214,6 +216,23 @@ def test_an_answer_that_is_read_page_by_page_is_that_of_its_begin(tmp_path: Path
     for rows, first in zip(later, whole, strict=True):
         assert [row.fact for row in rows] == [row.fact for row in first]
         assert [row.until is None for row in rows] == [True, False, False]
+
+
+def test_an_export_says_of_no_fact_that_it_ended_after_its_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass ends two of them while the first row is written."""
+    monkeypatch.setattr(read_facts, "PAGE", 1)
+    names = {f"S{number}": "Lyra" for number in range(3)}
+    with opened(tmp_path, clock := Clock()) as ledger:
+        sync(ledger, snapshot(*(claim(name, place) for name, place in names.items())))
+        decide(ledger, facts(**names))
+        rows = paged(ledger, FactFilter(), None, None)
+        first = next(rows)
+        clock.turn(hours=1)
+        decide(ledger, facts(S0="Lyra"))
+        assert [row.until for row in (first, *rows)] == [None] * 3
+        assert [row.fact.subject.label for row in paged(ledger, FactFilter(), None, None)] == ["S0"]
 
 
 def test_no_question_about_one_subject_reads_all_facts_or_claims(story: tuple[Path, Clock]) -> None:

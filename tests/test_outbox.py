@@ -276,7 +276,10 @@ def test_while_a_receiver_wants_to_be_left_alone_no_other_notice_goes_there(
     assert office.deliver() == 3
 
 
-def test_waits_grow_with_what_fails_on_a_channel_however_many_notices_wait(office: Office) -> None:
+def test_waits_grow_with_what_fails_on_a_channel_however_many_notices_wait(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.random", lambda: 0.5)
     office.channels("{name: dead, type: command, run: 'exit 1'}")
     for number in range(5):
         office.tell(f"thread {number}")
@@ -286,7 +289,7 @@ def test_waits_grow_with_what_fails_on_a_channel_however_many_notices_wait(offic
         rows = itertools.chain(*office.everything().values())
         waits.append(max(row.next_at for row in rows if row.next_at) - datetime.now(UTC))
         office.due_now()
-    assert all(later > 1.3 * earlier for earlier, later in itertools.pairwise(waits))
+    assert all(later > 1.8 * earlier for earlier, later in itertools.pairwise(waits))
 
 
 def test_that_a_trouble_is_over_never_overtakes_the_trouble(office: Office) -> None:

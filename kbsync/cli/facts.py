@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from kbsync.ledger import FactRow, Ledger
     from kbsync.ledger.read_facts import FactFilter
 
-__all__ = ["app"]
+__all__ = ["app", "paged"]
 
 app = typer.Typer()
 
@@ -68,7 +69,7 @@ def facts(
         limit = PAGE
     if form is not None:
         with opened(root) as (_, ledger):
-            return _export(_paged(ledger, wanted, valid_at, limit or None), form, parquet or out, prefixes)
+            return _export(paged(ledger, wanted, valid_at, limit or None), form, parquet or out, prefixes)
     with reading(root) as (_, db):
         found = db.select_facts(wanted, limit or None) if valid_at is None else db.claims_valid_at(wanted, valid_at)
         with closing(found):
@@ -77,19 +78,19 @@ def facts(
     return _say_facts(shown, len(shown) + rest, valid=valid_at is not None)
 
 
-def _paged(ledger: Ledger, wanted: FactFilter, valid_at: str | None, limit: int | None) -> Iterator[FactRow]:
+def paged(ledger: Ledger, wanted: FactFilter, valid_at: str | None, limit: int | None) -> Iterator[FactRow]:
     """The rows of an export, as of its begin. The ledger is read page by page: however many there are, and however
     slowly somebody takes them, no writer waits."""
     from kbsync.ledger.read_facts import PAGE as READ
 
     with ledger.read() as db:
-        ids = db.fact_ids(wanted) if valid_at is None else db.claim_ids(wanted, valid_at)
-    ids = ids[:limit]
+        begin = ledger.now()
+        ids = db.fact_ids(wanted, limit) if valid_at is None else db.claim_ids(wanted, valid_at)[:limit]
     for start in range(0, len(ids), READ):
         with ledger.read() as db:
             page = ids[start : start + READ]
             rows = db.facts_by_id(page) if valid_at is None else db.claims_by_id(page)
-        yield from rows
+        yield from (replace(row, until=None) if row.until and row.until > begin else row for row in rows)
 
 
 def _form(**given: bool) -> str | None:

@@ -125,11 +125,11 @@ class FactReader(Session):
         does not read to the end closes it while the ledger is open: it is a server's cursor."""
         return self._rows(*wanted.conditions(), limit=limit)
 
-    def fact_ids(self, wanted: FactFilter) -> list[int]:
+    def fact_ids(self, wanted: FactFilter, limit: int | None = None) -> list[int]:
         """The ids of the facts that pass a filter, in the order of `select_facts`: a long answer is read by
         `facts_by_id`, page by page, each in a block of its own."""
         query = select(schema.fact.c.id).where(*wanted.conditions()).order_by(*_BY_NAME)
-        return list(self._connection.scalars(query))
+        return list(self._connection.scalars(query.limit(limit)))
 
     def facts_by_id(self, ids: Collection[int]) -> list[FactRow]:
         """These facts, in the order of `select_facts`: no more than `PAGE`. One that has ended since says so."""

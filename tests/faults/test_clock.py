@@ -85,7 +85,7 @@ def test_a_clock_that_jumps_costs_one_catch_up_pass_at_most(
         turn(nursery, daemon, JUMPS[jump])
         nursery.go_on()
         ahead = JUMPS[jump] > timedelta(0)
-        daemon.until(lambda: passes(daemon) == (ahead or place != "idle"))
+        daemon.until(lambda: passes(daemon) >= (ahead or place != "idle"))
         time.sleep(QUIET)
         caught_up = passes(daemon)
         assert caught_up in ({int(ahead)} if place == "idle" else {1, 1 + ahead})
