@@ -60,7 +60,7 @@ def test_a_server_that_a_command_leaves_running_keeps_nobody_waiting(tmp_path: P
 
 def test_what_is_left_running_may_talk_without_end(tmp_path: Path) -> None:
     """It is not ended by a word that nobody hears, no file grows of it, and the last words are still those told."""
-    problem = run(tmp_path, "(while :; do echo on and on; sleep 0.01; done) & echo $! > pid; exit 3")
+    problem = run(tmp_path, "echo on and on; (while :; do echo on and on; sleep 0.01; done) & echo $! > pid; exit 3")
     talker = int((tmp_path / "pid").read_text())
     try:
         assert problem.startswith("status 3: ")
@@ -77,8 +77,14 @@ def test_a_process_that_is_about_to_end_ends_its_commands_and_begins_none(
 ) -> None:
     ending = threading.Event()
     monkeypatch.setattr(hook, "ENDING", ending)
-    threading.Timer(0.5, ending.set).start()
-    assert run(tmp_path, "echo $$ > pid; sleep 300") == "ended, because kbsync is ending"
+
+    def end() -> None:
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        ending.set()
+
+    threading.Thread(target=end, daemon=True).start()
+    assert run(tmp_path, "echo $$ > begun; mv begun pid; sleep 300") == "ended, because kbsync is ending"
     assert not _runs(int((tmp_path / "pid").read_text()))
     assert run(tmp_path, "touch begun") == "not run: kbsync is ending"
     assert not (tmp_path / "begun").exists()

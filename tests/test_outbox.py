@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from kbsync.cli import app
 from kbsync.config import Workspace
 from kbsync.errors import ConfigError, LedgerError, UsageError
+from kbsync.hook import run
 from kbsync.ledger import Ledger
 from kbsync.ledger.notices import DeliveryRow, NoticeWriter
 from kbsync.notify import outbox
@@ -261,6 +262,21 @@ def test_an_outbox_that_was_stopped_writes_nothing_and_the_next_one_sends_what_w
     first, *later = office.said("begun")
     assert first in later
     assert len(set(later)) == 2
+
+
+def test_a_command_that_still_runs_is_killed_as_its_outbox_stops(office: Office) -> None:
+    """It comes again, and no other command is kept from running."""
+    office.channels("{name: slow, type: command, run: 'echo $$ > begun; sleep 300'}")
+    office.tell()
+    stopped = Outbox()
+    stopped.deliver(office.workspace, office.ledger)
+    until(lambda: bool(office.said("begun")))
+    stopped.stop(0.1)
+    assert stopped.wait(PATIENCE)
+    assert not Path(f"/proc/{office.said('begun')[0]}").exists()
+    [state] = office.states().values()
+    assert state.next_at is not None
+    assert run("true", folder=office.root, variables={}, keep=(), seconds=PATIENCE) is None
 
 
 def test_while_a_receiver_wants_to_be_left_alone_no_other_notice_goes_there(

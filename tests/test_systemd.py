@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -133,10 +133,12 @@ main()
 WATCHED = {"WATCHDOG_USEC": "400000"}
 
 
-def hanging(made: TestWorkspace, start: Callable[..., Running], how: str) -> Running:
+def hanging(
+    made: TestWorkspace, start: Callable[..., Running], how: str, limits: str = "stall: 1s\ngrace: 1s\n"
+) -> Running:
     """A daemon with short limits whose work or scheduler hangs as `how` says."""
     config = made.root / "kbsync.yaml"
-    config.write_text(config.read_text() + "stall: 1s\ngrace: 1s\n")
+    config.write_text(config.read_text() + limits)
     return start("-c", HANG.format(how=how), str(made.root), **WATCHED)
 
 
@@ -188,7 +190,7 @@ def test_work_that_cannot_be_ended_does_not_outlive_the_daemon(
     assert abandoned["reason"].startswith("pass of sky: ")
 
 
-NOTIFYING = """
+RUNNING = """
 from datetime import timedelta
 from kbsync import hook
 def tell(reconciler):
@@ -198,17 +200,38 @@ it.CHORES = (it.Chore("telling", timedelta(seconds=0.2), tell),)
 """
 
 
-def test_a_command_that_is_run_for_a_notice_keeps_no_daemon_from_ending(
+def test_a_command_that_does_not_end_keeps_no_daemon_from_ending(
     made: TestWorkspace, start: Callable[..., Running]
 ) -> None:
-    """It is killed at half the grace time, and what ran it ends in order."""
-    daemon = hanging(made, start, NOTIFYING)
+    """It is killed once the grace time is over, and what ran it ends in order."""
+    daemon = hanging(made, start, RUNNING)
     daemon.wait_for(lambda: (made.root / "pid").exists() and (made.root / "pid").read_text())
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.process.wait(SOON) == 0
     assert not Path(f"/proc/{(made.root / 'pid').read_text().strip()}").exists()
     assert "ended, because kbsync is ending" in daemon.log.read_text()
     assert daemon.events("work_abandoned") == []
+
+
+PUBLISHING = """
+from kbsync import hook
+def publish(self, *_, **__):
+    self.cancelled.wait()
+    print("problem:", hook.run("echo told > told", folder=self.workspace.root, variables={}, keep=(), seconds=300))
+    return []
+it.Reconciler.sync = publish
+"""
+
+
+def test_what_is_published_in_the_second_half_of_the_grace_time_is_announced(
+    made: TestWorkspace, listener: Listener, start: Callable[..., Running]
+) -> None:
+    """Whatever serves the model would otherwise keep the old version: nobody announces it again."""
+    daemon = hanging(made, start, PUBLISHING, "grace: 6s\n")
+    listener.until("STATUS", "pass of sky")
+    assert daemon.end() == 0
+    assert "problem: None" in daemon.log.read_text()
+    assert (made.root / "told").read_text() == "told\n"
 
 
 def test_a_database_that_hangs_keeps_neither_the_main_loop_nor_the_end_of_the_daemon(
@@ -242,13 +265,17 @@ def _stopped(server: postgres.Server) -> Iterator[None]:
     folder = Path(str(server.admin.query["host"]))
     first = int((folder / "data" / "postmaster.pid").read_text().split()[0])
     processes = [first, *children(first)]
-    for process in processes:
-        os.kill(process, signal.SIGSTOP)
+    _signal(processes, signal.SIGSTOP)
     try:
         yield
     finally:
-        for process in processes:
-            os.kill(process, signal.SIGCONT)
+        _signal(processes, signal.SIGCONT)
+
+
+def _signal(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # a backend may have ended by itself
+            os.kill(process, number)
 
 
 def _hears_nothing_more(listener: Listener) -> None:

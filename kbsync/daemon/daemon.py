@@ -99,7 +99,6 @@ class Daemon:
     def run(self) -> bool:
         """Serve until `stop`; whether all that ran has ended. Where it has not, the process must end before its locks
         are given back."""
-        hook.ENDING.clear()
         self._tell("starting")
         self._reconciler(USER, silent).recover()
         server = serving(self._workspace, self._ledger, self._pulse, lambda: self._catalog)
@@ -229,8 +228,8 @@ class Daemon:
                 signal.signal(number, handler)
 
     def _finish(self) -> bool:
-        """Give what goes on half of the grace time to end by itself, then cancel it: it is put back. Whether all has
-        ended."""
+        """Give what goes on half of the grace time to end by itself, then cancel it: it is put back. Commands that it
+        runs have all of the time: what was published is announced. Whether all has ended."""
         self._timetable.stop()
         grace = float(self._workspace.settings.grace)
         doing = self._work.words()
@@ -242,13 +241,16 @@ class Daemon:
         if self._turns.left(half):
             log.info("cancelling", reason="stopping")
             self._turns.cancelled.set()
-        notices.join(min(NOTICES, half))
-        hook.ENDING.set()
-        self._outbox.wait(5 * hook.LOOK)  # for the commands that this kills
         left = self._turns.left(end - time.monotonic())
+        if left:  # a command may be all that it waits for
+            hook.ENDING.set()
+            left = self._turns.left(5 * hook.LOOK)
+        notices.join(max(end - time.monotonic(), 5 * hook.LOOK))
         if notices.is_alive():  # one is being noted
             left.append("notices")
-        if left:
+        if not left:
+            hook.ENDING.clear()
+        else:
             log.error("work_abandoned", reason=f"{', '.join(left)}: did not end within {grace:g} s")
         return not left
 

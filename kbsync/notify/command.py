@@ -7,6 +7,7 @@ never part of the command line itself.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,9 +18,16 @@ from kbsync.notify.settings import Command
 __all__ = ["run"]
 
 
-def run(channel: Command, message: Message, *, folder: Path, keep: Collection[str] = ()) -> None:
-    """Run the command in `folder`; `keep`: variables with secrets that it may see. Raises Undelivered where it fails
-    or does not end in time."""
+def run(
+    channel: Command,
+    message: Message,
+    *,
+    folder: Path,
+    keep: Collection[str] = (),
+    ending: threading.Event | None = None,
+) -> None:
+    """Run the command in `folder`; `keep`: variables with secrets that it may see; `ending`, once set, ends it. Raises
+    Undelivered where it fails or does not end in time."""
     variables = {
         "KBSYNC_NOTICE": message.id,
         "KBSYNC_KIND": message.kind,
@@ -33,5 +41,14 @@ def run(channel: Command, message: Message, *, folder: Path, keep: Collection[st
     # A NUL, which a source may have written, can be in no environment.
     clean = {name: value.replace("\0", " ") for name, value in variables.items()}
     body = message.body() + b"\n"
-    if problem := hook.run(channel.run, folder=folder, variables=clean, keep=keep, seconds=channel.timeout, stdin=body):
+    problem = hook.run(
+        channel.run,
+        folder=folder,
+        variables=clean,
+        keep=keep,
+        seconds=channel.timeout,
+        stdin=body,
+        ending=ending,
+    )
+    if problem:
         raise Undelivered(f"the command failed: {problem}")

@@ -4,7 +4,7 @@
     deliver(workspace, ledger)          # what is due; for a command, before it ends
     outbox = Outbox()                   # the same for a process that goes on:
     outbox.deliver(workspace, ledger)   # every few seconds; waits for no channel
-    outbox.stop(5.0)                    # from then on it writes nothing
+    outbox.stop(5.0)                    # from then on it writes nothing, and no command of its runs
 
 A notice counts as delivered once the ledger says so, after it was sent: whoever ends in between sends it again, with
 the same id. An attempt is noted before it is made, with the time of the next one: a ledger that cannot be written sends
@@ -24,6 +24,7 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
+from kbsync import hook
 from kbsync.config import Workspace
 from kbsync.errors import Cancelled, KbsyncError, UsageError, place_of
 from kbsync.ledger import Ledger
@@ -91,6 +92,8 @@ class Outbox:
         """How many deliveries there were."""
         self._serving: dict[str, threading.Thread] = {}
         self._stopping = threading.Event()
+        self._ending = threading.Event()
+        """Set once the commands that still run are to be killed."""
         self._writing = threading.Lock()
         self._ended = False
 
@@ -121,10 +124,13 @@ class Outbox:
         return not any(thread.is_alive() for thread in self._serving.values())
 
     def stop(self, seconds: float | None = None) -> None:
-        """Begin nothing more, give what is being sent so many seconds to end (default: as long as it takes), and write
-        nothing to the ledger after that: what was not noted is sent again by whoever comes next."""
+        """Begin nothing more, give what is being sent so many seconds to end (default: as long as it takes), kill the
+        commands that have not, and write nothing to the ledger after that: what was not noted is sent again by whoever
+        comes next."""
         self._stopping.set()
-        self.wait(seconds)
+        if not self.wait(seconds):
+            self._ending.set()
+            self.wait(5 * hook.LOOK)
         with self._writing:
             self._ended = True
 
@@ -166,7 +172,7 @@ class Outbox:
         tries, now = max(row.attempts, failures) + 1, datetime.now(UTC)
         begun = replace(row, attempts=row.attempts + 1, next_at=next_attempt(tries, now, now), error=BEGUN)
         self._write(ledger, lambda db: db.note_delivery(begun))
-        after, gone = _attempt(workspace, channel, notice, begun, tries)
+        after, gone = _attempt(workspace, channel, notice, begun, tries, self._ending)
 
         def note(db: Writer) -> None:
             db.note_delivery(after)
@@ -180,11 +186,11 @@ class Outbox:
 
 
 def _attempt(
-    workspace: Workspace, channel: Channel, notice: NoticeRow, row: DeliveryRow, tries: int
+    workspace: Workspace, channel: Channel, notice: NoticeRow, row: DeliveryRow, tries: int, ending: threading.Event
 ) -> tuple[DeliveryRow, bool]:
     """Send a notice; how far it came then, and whether the receiver wants none any more."""
     try:
-        remark = send(workspace, channel, message_of(notice, workspace.root.name))
+        remark = send(workspace, channel, message_of(notice, workspace.root.name), ending)
     except Undelivered as error:
         now, chance = datetime.now(UTC), random.random()  # noqa: S311
         again = next_attempt(tries, notice.at, now, retry_after=error.retry_after, chance=chance)
@@ -224,9 +230,9 @@ def try_channel(workspace: Workspace, ledger: Ledger, name: str) -> None:
         raise UsageError(f"channel {name}: {problem}", hint="see `notify:` in kbsync.yaml; the others have got it")
 
 
-def send(workspace: Workspace, channel: Channel, message: Message) -> str:
-    """Send one message on one channel; who did not get it though others did, or nothing. Raises Undelivered, whatever
-    went wrong."""
+def send(workspace: Workspace, channel: Channel, message: Message, ending: threading.Event | None = None) -> str:
+    """Send one message on one channel; who did not get it though others did, or nothing. A command is killed once
+    `ending` is set. Raises Undelivered, whatever went wrong."""
     try:
         if isinstance(channel, Webhook):
             url, secret = (workspace.secret(f"notify.{channel.name}", one) for one in (channel.url, channel.secret))
@@ -236,7 +242,7 @@ def send(workspace: Workspace, channel: Channel, message: Message) -> str:
             return mail.send(channel, workspace.secret(key, channel.password) if channel.password else None, message)
         else:
             keep = workspace.settings.hook_secrets
-            command.run(channel, message, folder=workspace.root, keep=keep)
+            command.run(channel, message, folder=workspace.root, keep=keep, ending=ending)
     except Undelivered:
         raise
     except KbsyncError as error:
