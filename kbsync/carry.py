@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kbsync.edit import Edit, Outcome, Tried
+from kbsync.edit import Edit, Outcome
 from kbsync.editor.job import ControlFile
 from kbsync.errors import GateRejected, Inseparable
 from kbsync.facts import Applied, FactKey
@@ -25,7 +25,7 @@ from kbsync.plan_document import document_of
 from kbsync.planning import plan_now
 from kbsync.policy import Inverse, Policy, Relation
 from kbsync.report import Report
-from kbsync.sift import sift, suspects
+from kbsync.sift import Sifted, sift, suspects
 
 __all__ = ["Carrier", "skips_known"]
 
@@ -72,14 +72,16 @@ class Carrier:
     def _next_version(self, plan: Plan, report: Report) -> Outcome:
         """As a rebase with the whole plan in it, where one is due, else of at most `batch.max_facts` facts on the live
         version; as a rebase after all where a fact cannot leave that version otherwise. In mode auto a rebase that is
-        rejected, no new fact being to blame, holds nothing up: it is tried again `rebase_every` versions later, or with
-        other settings."""
+        rejected, or would take none of the new facts, holds nothing up: it is tried again `rebase_every` versions
+        later, or with other settings."""
         line = self.line
         report.rebase = line.rebase_due(plan.leaving)
         if report.rebase is not None:
-            outcome = self._edit(plan, report)
-            if not outcome.rejected or line.strategy.mode != "auto" or line.stored_whole(plan.leaving):
+            can_wait = line.strategy.mode == "auto" and not line.stored_whole(plan.leaving)
+            outcome = self._edit(plan, report, can_wait=can_wait)
+            if not outcome.rejected or not can_wait:
                 return self._accepted(plan, outcome, report)
+            report.took(outcome.result.seconds, outcome.result.computed)
             self._note_rejected(REBASE, plan.head, outcome, report)
             report.notes.append(f"a rebase ({report.rebase}) was rejected: {'; '.join(outcome.rejected)}")
             report.rebase = None
@@ -91,7 +93,8 @@ class Carrier:
             outcome = self._edit(plan, report)
         return self._accepted(batch, outcome, report)
 
-    def _edit(self, batch: Plan, report: Report) -> Outcome:
+    def _edit(self, batch: Plan, report: Report, *, can_wait: bool = False) -> Outcome:
+        """Make the batch's version and settle it. `can_wait`: a rebase, and an edit can be made in its place."""
         policy, line = self.policy, self.line
         with self.ledger.read() as db:
             applied = db.applied(line.model, batch.head)
@@ -107,7 +110,15 @@ class Carrier:
         first = line.try_out(self._edit_of(batch, applied, forgotten, report), self._judge(report))
         if not first.rejected or not policy.gate.trials or not suspects(batch, first):
             return line.settle(first)
-        return self._sift(batch, first, lambda part: self._edit_of(part, applied, forgotten, report), report)
+        found = sift(
+            line,
+            batch,
+            first,
+            judge=self._judge(report),
+            edit_of=lambda part: self._edit_of(part, applied, forgotten, report),
+            trials=policy.gate.trials,
+        )
+        return self._sifted(found, report, can_wait=can_wait)
 
     def _judge(self, report: Report) -> Judge:
         """The policy's own gate; of a rebase, which mixes policies, that of all."""
@@ -140,24 +151,25 @@ class Carrier:
         with self.ledger.write() as db:
             db.note_plan(report.run_id or 0, self.line.model, batch.head, batch.digest, document)
 
-    def _sift(self, batch: Plan, first: Tried, edit_of: Callable[[Plan], Edit], report: Report) -> Outcome:
-        """Search a rejected batch for the facts to blame, hold them, publish the rest. The outcome is rejected where
-        that leaves all as it was."""
-        found = sift(
-            self.line, batch, first, judge=self._judge(report), edit_of=edit_of, trials=self.policy.gate.trials
-        )
+    def _sifted(self, found: Sifted, report: Report, *, can_wait: bool) -> Outcome:
+        """Hold the facts to blame, publish the rest. The outcome is rejected where the search leaves all as it was, or
+        where all that it would do is hold facts that an edit in the place of this rebase may take."""
         with self.ledger.write() as db:
             for probe in found.reports():
                 db.note_probe(self.line.model, None, probe, run_id=report.run_id)
-        outcome = found.publish()
+        first, batch = found.first, found.batch
+        rejected = Outcome(first.result, None, first.held, first.rejected)
+        waits = can_wait and found.idle
+        outcome = rejected if waits else found.publish()
         for tried in found.unpublished(outcome):
             report.took(tried.seconds, tried.computed)
+        if waits:
+            return rejected
         if outcome.version is None and not outcome.held:
             report.notes.append(found.nothing)
-            return replace(outcome, held=first.held, rejected=first.rejected)
+            return rejected
         self._note_plan(found.rest, report)
-        rejected = Outcome(first.result, None, (), first.rejected)
-        self._note_rejected(search_of(report.run_id), batch.head, rejected, report)
+        self._note_rejected(search_of(report.run_id), batch.head, replace(rejected, held=()), report)
         report.searches.append(found.to_json(outcome))
         return outcome
 

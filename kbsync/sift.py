@@ -63,6 +63,11 @@ class Sifted:
         return None if found is None or found.reasons else found.tried
 
     @property
+    def idle(self) -> bool:
+        """Whether none of the suspects is accepted, though without them the version would pass, and nothing leaves."""
+        return self.version is not None and not self.search.accepted and not self.batch.retractions
+
+    @property
     def undecided(self) -> list[PlannedEdit]:
         """What the next pass tries again: the budget ended before it was decided."""
         names = set() if self.search.full else set(self.search.undecided)

@@ -250,6 +250,33 @@ def test_a_rebase_of_which_all_new_facts_are_held_is_not_made_for_its_own_sake(m
     assert engine.edits == 2
 
 
+def test_new_facts_that_a_rebase_does_not_take_are_taken_by_an_edit_and_those_to_blame_there_are_held(
+    made: TestWorkspace,
+) -> None:
+    engine = StandIn(shape=BY_COLUMN)
+    for count in (2, 3):
+        made.feed(dict(list(STARS.items())[:count]), ids=IDS)
+        sync(made, engine)
+    made.strategy(mode="auto", rebase_every=1)
+    made.feed(STARS, ids=IDS)
+    engine.drifts = {"HomeH": 0.5}
+
+    def crowded(job: EditJob, **kwargs: Any) -> EditResult:
+        engine.drift = 0.5 if not job.live and len(job.requests) > 3 else 0.0
+        return engine(job, **kwargs)
+
+    with made.open() as reconciler:
+        reconciler.run_edit = crowded
+        [report] = reconciler.sync()
+        with reconciler.ledger.read() as db:
+            assert db.version(reconciler.line().model, 3).kind == "edit"
+    assert (report.status, report.versions, report.rebase) == ("done", [3], None)
+    assert "a rebase (2 versions since version 0, rebase_every is 1) was rejected: drift" in report.notes[0]
+    assert in_weights(made) == set(STARS.values()) - {"HomeH"}
+    assert list(held(made)) == ["StarH"]
+    assert report.seconds["insert"] == engine.edits - 2
+
+
 def test_where_a_rebase_falls_short_without_its_new_facts_none_is_held(made: TestWorkspace) -> None:
     made.strategy(mode="rebase")
     sync(made, StandIn(shape=BY_COLUMN))
