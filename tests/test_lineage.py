@@ -168,26 +168,28 @@ def test_the_column_is_the_facts_own_and_active_in_the_live_version(rich: TestWo
         store = VersionStore(it.workspace.data, model.id)
         active = {entry.delta: entry.excluded for entry in db.active(model.id, model.head)}
         held = db.applied(model.id, model.head)
-        for chain in chains(rich):
-            column = chain.column
-            if column is None:
-                assert chain.key not in held
-                continue
-            applied = held[chain.key]
-            assert (applied.delta, applied.column) == (column.delta, column.column)
-            assert column.column not in active[column.delta]
-            assert column.request == applied.request
-            manifest = store.manifest(column.version, db.version(model.id, column.version).manifest_sha256)
-            own = [fact for fact in manifest.facts if (fact.delta, fact.column) == (column.delta, column.column)]
-            assert chain.key in {fact.edit_request.key for fact in own}
-            assert hashlib.sha256(store.delta_path(column.delta).read_bytes()).hexdigest() == column.delta
-            assert chain.plan
-            [plan] = [row for row in db.plans(chain.plan.run_id) if row.id == chain.plan.id]
-            assert plan.digest == chain.plan.digest == plan.document["digest"]
-            assert chain.plan.run_id == column.run_id
-            assert chain.plan.kind in ("added", "changed", "re-rendered", "kept")
-            assert chain.measured
-            assert chain.measured.version >= column.version
+        versions = {row.number: row for row in db.versions(model.id)}
+        plans = {row.id: row for run in db.runs(None) for row in db.plans(run.id)}
+    for chain in chains(rich):
+        column = chain.column
+        if column is None:
+            assert chain.key not in held
+            continue
+        applied = held[chain.key]
+        assert (applied.delta, applied.column) == (column.delta, column.column)
+        assert column.column not in active[column.delta]
+        assert column.request == applied.request
+        manifest = store.manifest(column.version, versions[column.version].manifest_sha256)
+        own = [fact for fact in manifest.facts if (fact.delta, fact.column) == (column.delta, column.column)]
+        assert chain.key in {fact.edit_request.key for fact in own}
+        assert hashlib.sha256(store.delta_path(column.delta).read_bytes()).hexdigest() == column.delta
+        assert chain.plan
+        plan = plans[chain.plan.id]
+        assert plan.digest == chain.plan.digest == plan.document["digest"]
+        assert chain.plan.run_id == plan.run_id == column.run_id
+        assert chain.plan.kind in ("added", "changed", "re-rendered", "kept")
+        assert chain.measured
+        assert chain.measured.version >= column.version
 
 
 def test_what_is_not_in_the_weights_says_why(rich: TestWorkspace) -> None:
