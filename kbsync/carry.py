@@ -14,7 +14,7 @@ from typing import Any
 from kbsync.edit import Edit, Outcome
 from kbsync.editor.job import ControlFile
 from kbsync.errors import GateRejected, Inseparable
-from kbsync.facts import Applied, FactKey
+from kbsync.facts import Applied, FactKey, digest_of
 from kbsync.gate import shortfalls
 from kbsync.ledger import Ledger
 from kbsync.ledger.read_versions import REBASE, search_of
@@ -42,7 +42,7 @@ class Carrier:
 
     def plan(self, db: Reader) -> Plan:
         """What has to be done now."""
-        return plan_now(db, self.policy, self.line.model, self.line.settings_digest)
+        return plan_now(db, self.policy, self.line.model, self.line.terms)
 
     def carry_out(self, report: Report) -> None:
         """Versions until nothing is left to do. Raises GateRejected where the gate lets none through, and what editing
@@ -82,7 +82,7 @@ class Carrier:
             if not outcome.rejected or not can_wait:
                 return self._accepted(plan, outcome, report)
             report.took(outcome.result.seconds, outcome.result.computed)
-            self._note_rejected(REBASE, plan.head, outcome, report)
+            self._note_rejected(REBASE, line.terms.rebase, plan.head, outcome, report)
             report.notes.append(f"a rebase ({report.rebase}) was rejected: {'; '.join(outcome.rejected)}")
             report.rebase = None
         batch = plan.take(self.policy.batch.max_facts)
@@ -99,7 +99,7 @@ class Carrier:
         with self.ledger.read() as db:
             applied = db.applied(line.model, batch.head)
             forgotten = db.forgotten(line.model, batch.head)
-            tried = db.is_rejected(line.model, batch.digest, line.settings_digest, batch.head)
+            tried = db.is_rejected(line.model, batch.digest, self._plan_terms(report), batch.head)
         if tried:
             raise GateRejected(
                 f"policy {policy.policy}: the gate rejected this very plan before; it is not tried again until the "
@@ -125,6 +125,14 @@ class Carrier:
         if report.rebase is not None:
             return self.judge
         return lambda probe, _: shortfalls(probe, self.policy.gate)
+
+    def _terms(self, report: Report) -> str:
+        """Digest of the terms by which the version is judged."""
+        return self.line.terms.edit(self.policy.policy) if report.rebase is None else self.line.terms.rebase
+
+    def _plan_terms(self, report: Report) -> str:
+        """The same for a plan that is rejected whole: a longer search may find the facts to blame."""
+        return digest_of([self._terms(report), self.policy.gate.trials])
 
     def _edit_of(
         self, batch: Plan, applied: Mapping[FactKey, Applied], forgotten: Collection[str], report: Report
@@ -169,14 +177,15 @@ class Carrier:
             report.notes.append(found.nothing)
             return rejected
         self._note_plan(found.rest, report)
-        self._note_rejected(search_of(report.run_id), batch.head, replace(rejected, held=()), report)
+        search, terms = search_of(report.run_id), self._terms(report)
+        self._note_rejected(search, terms, batch.head, replace(rejected, held=()), report)
         report.searches.append(found.to_json(outcome))
         return outcome
 
     def _accepted(self, batch: Plan, outcome: Outcome, report: Report) -> Outcome:
         """The outcome, unless the gate rejected it: then that is noted and GateRejected raised."""
         if outcome.rejected:
-            self._note_rejected(batch.digest, batch.head, outcome, report)
+            self._note_rejected(batch.digest, self._plan_terms(report), batch.head, outcome, report)
             raise self._refused(outcome.rejected, report)
         return outcome
 
@@ -186,10 +195,10 @@ class Carrier:
             hint=f"kbsync holds says what is held and why, kbsync runs --json has the reports of run {report.run_id}",
         )
 
-    def _note_rejected(self, digest: str, head: int, outcome: Outcome, report: Report) -> None:
+    def _note_rejected(self, digest: str, terms: str, head: int, outcome: Outcome, report: Report) -> None:
         line, reason = self.line, "; ".join(outcome.rejected)
         with self.ledger.write() as db:
-            db.note_rejected(line.model, digest, line.settings_digest, head, run_id=report.run_id, reason=reason)
+            db.note_rejected(line.model, digest, terms, head, run_id=report.run_id, reason=reason)
             for hold in outcome.held:
                 db.hold(line.model, hold, run_id=report.run_id)
             db.note_probe(line.model, None, dict(outcome.result.probe), run_id=report.run_id)

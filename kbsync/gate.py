@@ -1,17 +1,38 @@
-"""The gate: is what the probe measured good enough to publish? Pure."""
+"""The gate: is what the probe measured good enough to publish, and by which terms was that judged? Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from kbsync.facts import EditRequest
+from kbsync.facts import EditRequest, digest_of
 from kbsync.policy import Gate, Policy
 
-__all__ = ["shortfalls", "shortfalls_by_policy"]
+__all__ = ["Terms", "shortfalls", "shortfalls_by_policy"]
 
 AT_LEAST = ("efficacy", "paraphrase")
 AT_MOST = ("specificity_drop", "drift")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What it depends on, beside its facts, whether a version of a model is published: the digest of its preset, the
+    strategy, each policy's gate. What was rejected or held may be tried again once the digest of its terms is another.
+    """
+
+    preset: str
+    strategy: Mapping[str, Any]
+    gates: Mapping[str, Gate]
+
+    def edit(self, policy: str) -> str:
+        """Digest of the terms of an edit: of the gates, that of its policy. How long is searched is no term."""
+        return digest_of([self.preset, self.strategy, _limits(self.gates[policy])])
+
+    @property
+    def rebase(self) -> str:
+        """Digest of the terms of a rebase, which mixes policies: the gates of all."""
+        return digest_of([self.preset, self.strategy, {name: _limits(gate) for name, gate in self.gates.items()}])
 
 
 def shortfalls(probe: Mapping[str, Any], gate: Gate) -> list[str]:
@@ -46,6 +67,10 @@ def shortfalls_by_policy(
     gates = judging or [policy.gate for policy in policies] or [Gate()]
     limits = {name: min(getattr(gate, name) for gate in gates) for name in AT_MOST}
     return [*reasons, *_too_high(probe, Gate(**limits))]
+
+
+def _limits(gate: Gate) -> dict[str, float]:
+    return {name: getattr(gate, name) for name in (*AT_LEAST, *AT_MOST)}
 
 
 def _too_low(probe: Mapping[str, Any], gate: Gate) -> Iterator[str]:

@@ -23,7 +23,8 @@ from kbsync.edit import Edit, Outcome, Tried, anew, columns, held_facts, new_fac
 from kbsync.editor.job import EditJob, EditResult
 from kbsync.editor.preset import Preset
 from kbsync.errors import Cancelled, StoreError
-from kbsync.facts import Applied, EditRequest, FactKey, Hold, digest_of
+from kbsync.facts import Applied, EditRequest, FactKey, Hold
+from kbsync.gate import Terms
 from kbsync.hub import ModelFolder
 from kbsync.ledger import Ledger, Reader
 from kbsync.ledger.aliases import LIVE
@@ -31,6 +32,7 @@ from kbsync.ledger.records import PublishedVersion
 from kbsync.ledger.writer import Writer
 from kbsync.odometer import read_odometer
 from kbsync.plan import PlannedEdit, carried
+from kbsync.policy import Gate
 from kbsync.progress import Progress, silent
 from kbsync.serving import Versions
 from kbsync.strategy import Odometer, Strategy, rebase_due
@@ -72,8 +74,8 @@ class Line:
     run_edit: Callable[..., EditResult] = run_edit
     watched: Callable[[Reader], Sequence[EditRequest]] = lambda _db: ()
     """The requests without an edit because the base answers them: each version is asked, too."""
-    gates: Mapping[str, Any] = field(default_factory=dict)
-    """What each policy's gate asks of a version, as JSON values."""
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    """What each policy's gate asks of a version."""
 
     @classmethod
     def open(cls, workspace: Workspace, ledger: Ledger, *, user: str) -> Line:
@@ -91,9 +93,9 @@ class Line:
         return line
 
     @property
-    def settings_digest(self) -> str:
-        """sha256 of what a version depends on beside its facts: a rejected plan may be tried again once it changes."""
-        return digest_of([self.preset.digest, self.strategy.model_dump(mode="json"), self.gates])
+    def terms(self) -> Terms:
+        """What a version depends on beside its facts: a rejected plan may be tried again once it changes."""
+        return Terms(self.preset.digest, self.strategy.model_dump(mode="json"), self.gates)
 
     @property
     def strategy(self) -> Strategy:
@@ -102,7 +104,7 @@ class Line:
 
     def odometer(self) -> Odometer:
         """How far HEAD is from the last rebase."""
-        return read_odometer(self.ledger, self.store, self.model, settings=self.settings_digest)
+        return read_odometer(self.ledger, self.store, self.model, settings=self.terms.rebase)
 
     def rebase_due(self, leaving: Collection[FactKey]) -> str | None:
         """Why the version that takes these keys' facts out of HEAD is to be a rebase; None: it is incremental."""

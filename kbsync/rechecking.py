@@ -58,7 +58,7 @@ def recheck(
         ]
         db.note_checks(line.model, checks)
         held = _give_up(db, line.model, settings, due, checks, result)
-        faded = _tell(db, line.model, head, policies)
+        faded = _tell(db, line, head, policies)
     evidence = {failed.digest: failed.evidence for failed in result.failed}
     missed = [one for one in due if one.fact.request.digest in evidence]
     told = [_told(one) | {"missed": one.missed, "evidence": evidence[one.fact.request.digest]} for one in missed]
@@ -100,13 +100,14 @@ def _give_up(
     return held
 
 
-def _tell(db: Writer, model: str, head: int, policies: Collection[Policy]) -> int:
+def _tell(db: Writer, line: Line, head: int, policies: Collection[Policy]) -> int:
     """How many facts have faded and wait for an edit: those that a plan has, and not what is held, protected or of no
     policy any more. People are told when there are any, and when there are none."""
+    model = line.model
     faded = db.faded(model, head)
     relations = {key.relation for key, fact in db.applied(model, head).items() if fact.request.digest in faded}
     concerned = [policy for policy in policies if relations & policy.wording().keys()]
-    plans = [plan_now(db, policy, model) for policy in concerned]
+    plans = [plan_now(db, policy, model, line.terms) for policy in concerned]
     waiting = sorted(edit.request.key for plan in plans for edit in plan.edits if edit.kind == "faded")
     if waiting:
         text = f"version {head} no longer answers {len(waiting)} of its facts; the next pass edits them once more"

@@ -109,8 +109,7 @@ class Reconciler:
         line = Line.open(workspace or self.workspace, self.ledger, user=self.user)
         line.progress, line.cancelled, line.run_edit = self.progress, self.cancelled, self.run_edit
         line.watched = lambda db: self._watched(db, line)
-        policies = self.catalog.policies.values()
-        line.gates = {policy.policy: policy.gate.model_dump(mode="json") for policy in policies}
+        line.gates = {name: policy.gate for name, policy in self.catalog.policies.items()}
         return line
 
     def judge(self, probe: Mapping[str, Any], requests: Sequence[EditRequest]) -> list[str]:

@@ -13,6 +13,7 @@ from kbsync.reconcile import Reconciler
 from kbsync.report import Report
 from kbsync.undo import release
 from tests.standin import StandIn
+from tests.test_cli import Line
 from tests.workspaces import POLICY, TestWorkspace, workspace
 
 GATE = "gate: {efficacy: 0.0, paraphrase: 0.0, specificity_drop: 100%%, drift: 1000}"
@@ -323,15 +324,79 @@ def test_what_the_gate_holds_is_tried_again_once_a_gate_is_another_one_and_no_ot
     assert {star for star, hold in before.items() if hold.reason == "probe"} == {"StarA"}
     assert len(before) == 5
     edits = engine.edits
-    assert sync(made, engine).plan.ended_holds == ()
+    again = sync(made, engine)
+    assert again.plan is not None
+    assert again.plan.ended_holds == ()
     assert engine.edits == edits
     gate(made, "drift: 0.3")
     with made.open() as reconciler:
         [planned] = reconciler.plan()
+    assert planned.plan is not None
     assert {key.subject for key in planned.plan.ended_holds} == {f"stars:{star}" for star in before.keys() - {"StarA"}}
     report = sync(made, engine)
     assert (report.exit_code, report.versions) == (0, [2])
     assert {star: hold.reason for star, hold in held(made).items()} == {"StarA": "probe", "StarB": "gate"}
+
+
+def another_policy(made: TestWorkspace, limits: str) -> None:
+    """A policy of another relation, whose source says of Vega what the stars' says of StarA; its gate."""
+    source = (made.root / "sources" / "stars.yaml").read_text()
+    source = source.replace("source: stars", "source: more").replace("relation: constellation", "relation: place")
+    (made.root / "sources" / "more.yaml").write_text(source)
+    words = {"policy: sky": "policy: two", "[stars]": "[more]", "constellation:": "place:", GATE: f"gate: {{{limits}}}"}
+    text = POLICY
+    for old, new in words.items():
+        assert old in text
+        text = text.replace(old, new)
+    (made.root / "policies" / "two.yaml").write_text(text % "")
+
+
+@pytest.mark.parametrize(("mode", "again"), [("incremental", False), ("rebase", True)])
+def test_another_policys_gate_ends_the_holds_of_a_rebase_alone_and_how_long_is_searched_ends_none(
+    made: TestWorkspace, mode: str, again: bool
+) -> None:
+    made.strategy(mode=mode)
+    made.feed({"StarA": "HomeA"}, ids=IDS)
+    engine = StandIn(drifts={"HomeC": 0.5}, shape=BY_COLUMN)
+    sync(made, engine)
+    made.feed(STARS, ids=IDS)
+    sync(made, engine)
+
+    def ended() -> set[str]:
+        with made.open() as reconciler:
+            [planned] = reconciler.plan(["sky"])
+        assert planned.plan is not None
+        return {key.subject for key in planned.plan.ended_holds}
+
+    assert list(held(made)) == ["StarC"]
+    gate(made, "drift: 0.1, trials: 7")
+    assert ended() == set()
+    another_policy(made, "drift: 0.3")
+    assert ended() == ({"stars:StarC"} if again else set())
+    if again:
+        with made.open() as reconciler:
+            reconciler.run_edit = engine
+            reconciler.sync(["sky"])
+    assert list(held(made)) == ["StarC"]
+    another_policy(made, "drift: 0.3, trials: 7")
+    assert ended() == set()
+
+
+def test_status_and_blame_say_that_what_the_gate_holds_is_tried_again(
+    made: TestWorkspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sync(made, StandIn(drifts={"HomeC": 0.5}))
+    line = Line(made.root, capsys)
+
+    def said() -> tuple[int, bool]:
+        gap: str = line.json("blame", "StarC", "constellation")["gaps"]["column"]
+        assert gap.startswith("held since ")
+        return line.json("status")["pending"], gap.endswith("; the next pass tries it again")
+
+    capsys.readouterr()
+    assert said() == (0, False)
+    gate(made, "drift: 0.2")
+    assert said() == (1, True)
 
 
 def test_the_budget_bounds_a_run_and_the_next_pass_goes_on(made: TestWorkspace) -> None:
@@ -367,6 +432,15 @@ def test_without_trials_the_batch_is_rejected_whole(made: TestWorkspace) -> None
     engine = StandIn(drifts={"HomeA": 0.5})
     report = sync(made, engine)
     assert (report.exit_code, report.searches, held(made), engine.edits) == (4, [], {}, 1)
+
+
+def test_a_batch_that_was_rejected_whole_is_searched_once_trials_are_allowed(made: TestWorkspace) -> None:
+    gate(made, "drift: 0.1, trials: 0")
+    engine = StandIn(drifts={"HomeA": 0.5})
+    sync(made, engine)
+    gate(made, "drift: 0.1")
+    assert sync(made, engine).versions == [1]
+    assert list(held(made)) == ["StarA"]
 
 
 def test_a_rejected_plan_is_tried_again_once_the_gate_is_another_one(made: TestWorkspace) -> None:

@@ -4,6 +4,8 @@ unless `--now` asks the live model."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -15,11 +17,13 @@ from kbsync.cli.common import AsJson, Root, console, counted, emit, opened
 from kbsync.cli.read import model_row, one_subject, short
 
 if TYPE_CHECKING:
+    from kbsync.catalog import Catalog
     from kbsync.config import Workspace
     from kbsync.facts import EditRequest, FactKey
     from kbsync.ledger import Ledger, Reader
     from kbsync.ledger.lineage import Lineage
     from kbsync.ledger.links import ClaimLink
+    from kbsync.plan import Plan
     from kbsync.policy import Policy
 
 __all__ = ["app"]
@@ -37,6 +41,7 @@ def blame(
     as_json: AsJson = False,
 ) -> None:
     """Show where a fact comes from and where it went: source row, fetch, run, decision, plan, column, probability."""
+    from kbsync.catalog import load_catalog
     from kbsync.facts import FactKey
     from kbsync.ledger.lineage import lineage
 
@@ -44,10 +49,13 @@ def blame(
         with ledger.read() as db:
             key = FactKey(relation, one_subject(db, subject))
             named = model or (row.id if (row := model_row(workspace, db)) else None)
-            asked = _asked(workspace, db, key)
-            chain = lineage(
-                db, key, model=named, kept_out=asked.kept_out, unasked=lambda: _unasked(db, asked.policy, key, named)
-            )
+            catalog = load_catalog(workspace)
+            asked = _asked(catalog, db, key)
+            plan = partial(_plan, workspace, catalog, db, asked.policy, named)
+            chain = lineage(db, key, model=named, kept_out=asked.kept_out, unasked=lambda: _unasked(plan(), key))
+            if named and "column" in chain.gaps and key in db.holds(named) and _has_ended(plan(), key):
+                column = f"{chain.gaps['column']}; the next pass tries it again"
+                chain = replace(chain, gaps={**chain.gaps, "column": column})
         request = chain.column.request if chain.column else asked.request
         measured = _measure(workspace, ledger, request) if now and request else None
     if as_json:
@@ -64,11 +72,10 @@ class _Asked(NamedTuple):
     kept_out: str
 
 
-def _asked(workspace: Workspace, db: Reader, key: FactKey) -> _Asked:
-    from kbsync.catalog import load_catalog
+def _asked(catalog: Catalog, db: Reader, key: FactKey) -> _Asked:
     from kbsync.policy import Relation, render
 
-    policies = load_catalog(workspace).policies.values()
+    policies = catalog.policies.values()
     policy = next((policy for policy in policies if key.relation in policy.wording()), None)
     if policy is None:
         return _Asked(None, None, f"no policy has the relation {key.relation}")
@@ -81,13 +88,26 @@ def _asked(workspace: Workspace, db: Reader, key: FactKey) -> _Asked:
     return _Asked(policy, request, "")
 
 
-def _unasked(db: Reader, policy: Policy | None, key: FactKey, model: str | None) -> str:
-    """Why a plan made now would not ask the model for a key; nothing where it would."""
-    from kbsync.planning import plan_now
+def _plan(workspace: Workspace, catalog: Catalog, db: Reader, policy: Policy | None, model: str | None) -> Plan | None:
+    """The plan of a pass that is made now; None where none concerns the key."""
+    from kbsync.planning import plan_now, terms_now
 
     if policy is None or model is None:
+        return None
+    row = model_row(workspace, db)
+    terms = terms_now(workspace, catalog, row.name) if row and row.id == model else None
+    return plan_now(db, policy, model, terms)
+
+
+def _has_ended(plan: Plan | None, key: FactKey) -> bool:
+    """Whether the hold on a key no longer keeps the next pass from its fact."""
+    return plan is not None and key in plan.ended_holds
+
+
+def _unasked(plan: Plan | None, key: FactKey) -> str:
+    """Why a plan made now would not ask the model for a key; nothing where it would."""
+    if plan is None:
         return ""
-    plan = plan_now(db, policy, model)
     if key in plan.known:
         return "the model knows it without an edit"
     return next((f"blocked: {no.reason}" for no in plan.blocked if no.key == key), "")

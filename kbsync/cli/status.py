@@ -81,7 +81,7 @@ def _in_ledger(workspace: Workspace, catalog: Catalog, disk: Disk, db: Reader) -
         "aliases": db.aliases(model.id) if model else {},
         "facts": len(db.facts()),
         "facts_applied": len(db.applied(model.id, model.head)) if model else 0,
-        "pending": _pending(catalog, db, model),
+        "pending": _pending(workspace, catalog, db, model),
         "conflicts": len(db.conflicts()),
         "quarantined": len(db.quarantined()),
         "holds": len(db.holds(model.id)) if model else 0,
@@ -151,11 +151,12 @@ def _say_disk(found: Mapping[str, Any]) -> None:
     say(f"  {sizes}{fact}{frees}")
 
 
-def _pending(catalog: Catalog, db: Reader, model: ModelRow | None) -> int:
+def _pending(workspace: Workspace, catalog: Catalog, db: Reader, model: ModelRow | None) -> int:
     """Edits and retractions that the ledger as it is now still asks for."""
-    from kbsync.planning import plan_now
+    from kbsync.planning import plan_now, terms_now
 
-    plans = [plan_now(db, policy, model.id if model else None) for policy in catalog.policies.values()]
+    id_, terms = (model.id, terms_now(workspace, catalog, model.name)) if model else (None, None)
+    plans = [plan_now(db, policy, id_, terms) for policy in catalog.policies.values()]
     return sum(len(plan.edits) + len(plan.retractions) for plan in plans)
 
 

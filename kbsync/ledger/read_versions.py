@@ -22,6 +22,7 @@ __all__ = ["REBASE", "RETIRE", "VersionReader", "search_of"]
 
 REBASE = "rebase"
 """In the place of a plan's digest: a rebase that was due by itself, whatever else was to go into it."""
+SEARCH = "search "
 RETIRE = "retire"
 """The entry of the audit log by which a model's versions so far were given up."""
 
@@ -29,7 +30,7 @@ RETIRE = "retire"
 def search_of(run_id: int | None) -> str:
     """In the place of a plan's digest: what a run searched for the facts to hold. Once they are released, that very
     plan is tried again."""
-    return f"search {run_id}"
+    return f"{SEARCH}{run_id}"
 
 
 class VersionReader(Session):
@@ -255,15 +256,16 @@ class VersionReader(Session):
         )
         return self._connection.execute(query).first() is not None
 
-    def outdated_holds(self, model: str, settings_digest: str) -> set[FactKey]:
-        """The keys that the gate holds since a search with other settings than these: it may let them pass now."""
+    def outdated_holds(self, model: str, settings_digests: Collection[str]) -> set[FactKey]:
+        """The keys that the gate holds since a search with settings that are none of these: it may let them pass."""
         hold, rejected = schema.hold, schema.rejected_plan
         same = and_(rejected.c.model == hold.c.model, rejected.c.run_id == hold.c.run_id)
         query = (
             select(hold.c.relation, hold.c.subject_id)
             .join(rejected, same)
             .where(hold.c.model == model, hold.c.until.is_(None), hold.c.reason == "gate")
-            .where(rejected.c.settings_digest != settings_digest)
+            .where(rejected.c.plan_digest.startswith(SEARCH))
+            .where(rejected.c.settings_digest.not_in(settings_digests))
         )
         return {FactKey(*row) for row in self._connection.execute(query)}
 
