@@ -1,6 +1,6 @@
 """Metrics for Prometheus: read from the ledger when they are asked for, so that counters outlive every restart.
 
-print(Exposition(workspace, ledger, lambda: catalog)().decode())
+print(Exposition(ledger, lambda: catalog)().decode())
 
 Names and units follow https://prometheus.io/docs/practices/naming/; docs/metrics.md explains each. Points in time are
 exported as such (`_timestamp_seconds`), not as ages: `time() - x` in a rule goes on counting while nobody scrapes.
@@ -136,20 +136,19 @@ def to_json(found: Iterable[Sample]) -> list[dict[str, Any]]:
 class Exposition:
     """The text of /metrics, made anew when the last one is no longer good. Thread-safe.
 
-    `catalog`: gives the sources and policies that are in force. `checks`: those of the daemon that this is; with it
-    come memory, processor time and open files of this process, as `process_*`.
+    `catalog`: gives the settings, sources and policies that are in force. `checks`: those of the daemon that this is;
+    with it come memory, processor time and open files of this process, as `process_*`.
     """
 
     def __init__(
         self,
-        workspace: Workspace,
         ledger: Ledger,
         catalog: Callable[[], Catalog],
         *,
         fresh: float = FRESH,
         checks: Checks | None = None,
     ) -> None:
-        self._workspace, self._ledger, self._catalog, self._fresh = workspace, ledger, catalog, fresh
+        self._ledger, self._catalog, self._fresh = ledger, catalog, fresh
         self._checks = checks
         self._process = ProcessCollector(registry=None) if checks else None
         self._lock = threading.Lock()
@@ -160,7 +159,8 @@ class Exposition:
         """The text, in UTF-8. Raises LedgerError or Busy where the ledger cannot be read."""
         with self._lock:
             if (start := time.monotonic()) >= self._good_until:
-                found = measure(self._workspace, self._catalog(), self._ledger)
+                catalog = self._catalog()
+                found = measure(catalog.workspace, catalog, self._ledger)
                 found += [("check_ok", (name,), ok) for name, ok in (self._checks() if self._checks else {}).items()]
                 self._text = generate_latest(_Families(found, self._process))
                 now = time.monotonic()

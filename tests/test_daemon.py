@@ -246,7 +246,7 @@ def test_passes_that_wait_for_each_other_hold_up_no_chore(made: TestWorkspace, m
     monkeypatch.setattr("kbsync.daemon.daemon.CHORES", chores)
     monkeypatch.setattr("kbsync.reconcile.run_edit", edit)
     workspace_, ledger = Workspace.load(made.root), Ledger.open(Workspace.load(made.root).ledger_url)
-    daemon = Daemon(workspace_, load_catalog(workspace_), ledger)
+    daemon = Daemon(load_catalog(workspace_), ledger)
     thread = threading.Thread(target=daemon.run)
     thread.start()
     try:
@@ -276,7 +276,7 @@ def test_commands_whose_clients_hung_up_are_dropped_during_an_edit_and_a_rollbac
 
     monkeypatch.setattr("kbsync.reconcile.run_edit", edit)
     workspace_, ledger = Workspace.load(made.root), Ledger.open(Workspace.load(made.root).ledger_url)
-    daemon = Daemon(workspace_, load_catalog(workspace_), ledger)
+    daemon = Daemon(load_catalog(workspace_), ledger)
     thread = threading.Thread(target=daemon.run)
     with capture_logs() as logged, ExitStack() as stack:
         stack.callback(ledger.close)

@@ -68,7 +68,7 @@ def exposed(reconciler: Reconciler) -> Values:
 def exposition_of(reconciler: Reconciler, fresh: float = 0) -> Exposition:
     """It reads sources and policies from their files each time, as the command does."""
     workspace = reconciler.workspace
-    return Exposition(workspace, reconciler.ledger, lambda: load_catalog(workspace), fresh=fresh)
+    return Exposition(reconciler.ledger, lambda: load_catalog(workspace), fresh=fresh)
 
 
 def test_a_workspace_that_never_ran_has_metrics_and_none_is_nan(made: TestWorkspace) -> None:

@@ -66,7 +66,7 @@ def running(root: Path, settings: str = "port: 0") -> Iterator[Running]:
     with (
         writer_lock(workspace.lock),
         Ledger.open(workspace.ledger_url) as ledger,
-        serving(workspace, ledger, pulse, lambda: load_catalog(workspace)) as address,
+        serving(ledger, pulse, lambda: load_catalog(workspace)) as address,
     ):
         assert address is not None
         pulse.phase = "running"
@@ -99,7 +99,7 @@ def test_without_the_section_nothing_listens(tmp_path: Path) -> None:
     (tmp_path / "kbsync.yaml").write_text("model: model\n")
     workspace = Workspace.load(tmp_path)
     catalog = load_catalog(workspace)
-    with Ledger.open(workspace.ledger_url) as ledger, serving(workspace, ledger, Pulse(), lambda: catalog) as address:
+    with Ledger.open(workspace.ledger_url) as ledger, serving(ledger, Pulse(), lambda: catalog) as address:
         assert address is None
         with ledger.read() as db:
             assert db.beats() == {}
@@ -499,6 +499,21 @@ def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text("nothing")
     with pytest.raises(ConfigError, match=problem), running(tmp_path, settings):
         pass
+
+
+def test_settings_that_sighup_changed_hold_for_the_server_too(tmp_path: Path) -> None:
+    """How many passes may fail in a row before the daemon is not ready, for one."""
+    made = workspace(tmp_path, {"Vega": "Orion"})
+    config = made.root / "kbsync.yaml"
+    config.write_text(f"{config.read_text()}server: {{port: 0}}\nnotify: {{failures: 2}}\n")
+    catalog = load_catalog(Workspace.load(made.root))
+    with Ledger.open(catalog.workspace.ledger_url) as ledger, serving(ledger, Pulse(), lambda: catalog) as address:
+        failed_runs(ledger, 2)
+        assert address is not None
+        assert not checks(httpx.get(f"{address}/readyz", trust_env=False))["policy sky"]
+        config.write_text(config.read_text().replace("failures: 2", "failures: 3"))
+        catalog = load_catalog(Workspace.load(made.root))
+        assert checks(httpx.get(f"{address}/readyz", trust_env=False))["policy sky"]
 
 
 @pytest.mark.usefixtures("one_cache")

@@ -116,6 +116,40 @@ def test_a_daemon_says_ready_what_it_does_reloading_and_stopping_in_this_order(
     assert "STOPPING" in listener.messages[-1]
 
 
+BREAKING = """
+plan, planned = table.Timetable.plan, []
+def breaking(self, policies):
+    planned.append(policies)
+    if len(planned) > 1:
+        raise {error}("no ledger")
+    return plan(self, policies)
+table.Timetable.plan = breaking
+"""
+
+
+@pytest.mark.parametrize("error", ["it.KbsyncError", "ValueError"])
+def test_a_reload_that_fails_half_way_changes_nothing_and_the_daemon_says_ready(
+    error: str, made: TestWorkspace, listener: Listener, start: Callable[..., Running]
+) -> None:
+    """A policy was renamed and a channel added, then the ledger cannot be read: the old policy's passes go on."""
+    policy, config = made.root / "policies" / "sky.yaml", made.root / "kbsync.yaml"
+    policy.write_text(policy.read_text().replace("every: 1h", "every: 1s"))
+    daemon = hanging(made, start, BREAKING.format(error=error), "")
+    listener.until("STATUS", "idle")
+    policy.write_text(policy.read_text().replace("policy: sky", "policy: heaven"))
+    config.write_text(config.read_text() + "notify:\n  channels:\n    - {name: ops, type: command, run: cat}\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    listener.until("RELOADING")
+    listener.until("READY", times=2)
+    assert len(daemon.events("reload_failed")) == 1
+    before = len(daemon.events("run_finished"))
+    daemon.wait_for(lambda: len(daemon.events("run_finished")) > before + 1)
+    with Ledger.open(f"sqlite:///{made.root / 'data' / 'ledger.db'}") as ledger, ledger.read() as db:
+        assert db.channels() == {}
+        assert {run.policy for run in db.runs()} == {"sky"}
+    assert daemon.end() == 0
+
+
 HANG = """\
 import sys, threading, kbsync.daemon.daemon as it, kbsync.daemon.timetable as table
 from kbsync.cli import main

@@ -35,7 +35,7 @@ def metrics(
         catalog = load_catalog(workspace)
         if as_json:
             return emit(to_json(measure(workspace, catalog, ledger)))
-        text = Exposition(workspace, ledger, lambda: catalog)()
+        text = Exposition(ledger, lambda: catalog)()
     if out is not None:
         write_durably(out.absolute(), text, mode=MODE)
         return None

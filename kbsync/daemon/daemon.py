@@ -66,7 +66,7 @@ def run_daemon(root: Path) -> None:
         ledger = Ledger.open(workspace.ledger_url)
         try:
             with ledger.led():
-                if not Daemon(workspace, catalog, ledger).run():
+                if not Daemon(catalog, ledger).run():
                     leave()
         finally:
             ledger.close()
@@ -75,9 +75,9 @@ def run_daemon(root: Path) -> None:
 class Daemon:
     """The running daemon of one workspace. `run` blocks; `stop` ends it from another thread or a signal handler."""
 
-    def __init__(self, workspace: Workspace, catalog: Catalog, ledger: Ledger) -> None:
-        self._workspace = workspace
+    def __init__(self, catalog: Catalog, ledger: Ledger) -> None:
         self._catalog = catalog
+        """What is in force, the workspace with its settings, too: SIGHUP changes all of it or nothing."""
         self._ledger = ledger
         self._turns = Turns()
         self._reloading = threading.Event()
@@ -96,14 +96,18 @@ class Daemon:
             ledger, self._pass, self._do, partial(self._pulse.beat, "scheduler"), self._note_problem
         )
 
+    @property
+    def _workspace(self) -> Workspace:
+        return self._catalog.workspace
+
     def run(self) -> bool:
         """Serve until `stop`; whether all that ran has ended. Where it has not, the process must end before its locks
         are given back."""
         self._tell("starting")
         self._reconciler(USER, silent).recover()
-        server = serving(self._workspace, self._ledger, self._pulse, lambda: self._catalog)
+        server = serving(self._ledger, self._pulse, lambda: self._catalog)
         with self._signals(), serve(self._workspace.socket, self._handle, urgent=UNDO | BESIDE), server:
-            self._timetable.set_passes(self._catalog.policies)
+            self._timetable.set_passes(self._timetable.plan(self._catalog.policies))
             self._timetable.set_chores((*CHORES, delivery(self._outbox)))
             self._timetable.start()
             self._pulse.beat("scheduler")
@@ -136,7 +140,10 @@ class Daemon:
 
         def do() -> None:
             with suppress(Busy), self._turns.beside(what):
-                act()
+                try:
+                    act()
+                except Exception as error:
+                    self._note_problem("job_error", what, place_of(error))
 
         threading.Thread(target=do, name=what, daemon=True).start()
 
@@ -171,24 +178,28 @@ class Daemon:
         self._wake.set()
 
     def _reload(self) -> None:
-        """Read kbsync.yaml, sources and policies again; where a file is wrong the old ones stay in force."""
-        with self._scheduling:
-            before = self._workspace, self._catalog
-            try:
-                self._workspace, changes = reread(self._workspace)
-                self._catalog = load_catalog(self._workspace)
-                enroll(self._workspace, self._ledger)
-                self._timetable.set_passes(self._catalog.policies)
-            except KbsyncError as error:
-                self._workspace, self._catalog = before
-                log.error("reload_failed", problem=error.message, hint=error.hint)
-            else:
+        """Read kbsync.yaml, sources and policies again; where a file is wrong or the ledger away, the old ones stay in
+        force, all of them: what may fail comes first."""
+        try:
+            with self._scheduling:
+                workspace, changes = reread(self._workspace)
+                catalog = load_catalog(workspace)
+                planned = self._timetable.plan(catalog.policies)
+                enroll(workspace, self._ledger)
+                self._catalog = catalog
                 self._waiting = changes.waiting
-                log.info("reloaded", policies=sorted(self._catalog.policies), changed=changes.taken)
-                if changes.waiting:
-                    log.warning("restart_needed", file=CONFIG, keys=changes.waiting)
-        if not self._turns.stopping.is_set():
-            self._tell(self._state(), READY="1")
+                self._timetable.set_passes(planned)
+        except KbsyncError as error:
+            log.error("reload_failed", problem=error.message, hint=error.hint)
+        except Exception as error:
+            log.error("reload_failed", problem=place_of(error), hint="this is a mistake in kbsync")
+        else:
+            log.info("reloaded", policies=sorted(catalog.policies), changed=changes.taken)
+            if changes.waiting:
+                log.warning("restart_needed", file=CONFIG, keys=changes.waiting)
+        finally:
+            if not self._turns.stopping.is_set():
+                self._tell(self._state(), READY="1")
 
     def _mind_clock(self, moved: float) -> None:
         """The time of day has jumped: what is due when is worked out again."""
@@ -196,7 +207,7 @@ class Daemon:
         with self._scheduling:
             self._timetable.set_chores((*CHORES, delivery(self._outbox)))
             try:
-                self._timetable.set_passes(self._catalog.policies)
+                self._timetable.set_passes(self._timetable.plan(self._catalog.policies))
             except KbsyncError as error:
                 log.error("not_rescheduled", problem=error.message, hint=error.hint)
 
@@ -377,7 +388,8 @@ class Daemon:
             raise KbsyncError(f"{command}: {place_of(error)}", hint="this is a mistake in kbsync") from error
 
     def _reconciler(self, user: str, progress: Progress) -> Reconciler:
-        return Reconciler(self._workspace, self._catalog, self._ledger, user, progress, self._turns.cancelled)
+        catalog = self._catalog  # one of them, though SIGHUP comes
+        return Reconciler(catalog.workspace, catalog, self._ledger, user, progress, self._turns.cancelled)
 
     def _note(self, write: Callable[[Writer], None]) -> None:
         """Write to the ledger what nothing depends on: a full disk or a server that is away must not end the daemon."""

@@ -7,7 +7,7 @@ which learns when each policy is due next as soon as that changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -22,9 +22,9 @@ from kbsync.errors import KbsyncError, place_of
 from kbsync.ledger import Ledger
 from kbsync.policy import Policy
 from kbsync.pulse import BEAT
-from kbsync.schedule import Every, next_due, trigger
+from kbsync.schedule import Cron, Every, next_due, trigger
 
-__all__ = ["Timetable"]
+__all__ = ["Planned", "Timetable"]
 
 UNFINISHED = ("failed", "cancelled")
 """How a pass ended that the next start begins again at once."""
@@ -35,6 +35,15 @@ EVENTS = {
 }
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A policy's passes: when, and the first of them. `noted`: whether the ledger has that one."""
+
+    times: Cron | Every
+    first: datetime
+    noted: bool
 
 
 class Timetable:
@@ -78,32 +87,36 @@ class Timetable:
         """Begin nothing more; what runs goes on."""
         self._scheduler.shutdown(wait=False)
 
-    def set_passes(self, policies: Mapping[str, Policy]) -> None:
-        """Passes are those of these policies. Due now is one that never ran, one that is overdue by the ledger, and one
-        whose last pass was interrupted, put back or failed. Raises LedgerError and Busy."""
-        for job in self._scheduler.get_jobs():
-            if job.func == self._begin and job.id not in policies:
-                job.remove()
-        now, changed = datetime.now(UTC), []
+    def plan(self, policies: Mapping[str, Policy]) -> dict[str, Planned]:
+        """The passes of these policies; nothing changes yet. Due now is one that never ran, one that is overdue by the
+        ledger, and one whose last pass was interrupted, put back or failed. Raises LedgerError and Busy."""
+        now, planned = datetime.now(UTC), {}
         for name, policy in policies.items():
             with self._ledger.read() as db:
                 state = db.schedule_state(name)
                 latest = db.runs(1, policy=name)
             unfinished = bool(latest) and latest[0].status in UNFINISHED
-            planned = self.due.get(name, state.next_due)
-            first = now if unfinished else next_due(policy.schedule, state.last_started, now, planned)
-            self.due[name] = first
-            if first != state.next_due:
-                changed.append(name)
+            due = self.due.get(name, state.next_due)
+            first = now if unfinished else next_due(policy.schedule, state.last_started, now, due)
+            planned[name] = Planned(trigger(policy.schedule), first, first == state.next_due)
+        return planned
+
+    def set_passes(self, planned: Mapping[str, Planned]) -> None:
+        """Passes are these, and no others."""
+        for job in self._scheduler.get_jobs():
+            if job.func == self._begin and job.id not in planned:
+                job.remove()
+        for name, passes in planned.items():
+            self.due[name] = passes.first
             self._scheduler.add_job(
                 self._begin,
-                trigger(policy.schedule),
+                passes.times,
                 args=[name],
                 id=name,
                 replace_existing=True,
-                next_run_time=first,
+                next_run_time=passes.first,
             )
-        if changed:
+        if changed := [name for name, passes in planned.items() if not passes.noted]:
             self.note(*changed)
 
     def set_chores(self, chores: Iterable[Chore]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kbsync.catalog import Catalog
-from kbsync.config import Workspace
 from kbsync.errors import KbsyncError, place_of
 from kbsync.hub import resolve_model
 from kbsync.ledger import Ledger
@@ -32,9 +31,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Looks at a running daemon. `catalog`: gives the sources and policies that are in force."""
+    """Looks at a running daemon. `catalog`: gives the settings, sources and policies that are in force."""
 
-    workspace: Workspace
     ledger: Ledger
     pulse: Pulse
     catalog: Callable[[], Catalog]
@@ -59,18 +57,20 @@ class Health:
         return found
 
     def _lock(self) -> str:
-        holder = held_by(self.workspace.lock)
+        holder = held_by(self.catalog().workspace.lock)
         return "" if holder == str(os.getpid()) else f"it is held by process {holder or 'none'}"
 
     def _model(self) -> str:
-        resolve_model(self.workspace.settings.model, root=self.workspace.root)
+        workspace = self.catalog().workspace
+        resolve_model(workspace.settings.model, root=workspace.root)
         return ""
 
     def _policies(self) -> Iterator[Check]:
         with self.ledger.read() as db:
             failures: Mapping[str, int] = db.failures_in_a_row()
-        most = self.workspace.settings.notify.failures
-        for policy in sorted(self.catalog().policies):
+        catalog = self.catalog()
+        most = catalog.workspace.settings.notify.failures
+        for policy in sorted(catalog.policies):
             failed = failures.get(policy, 0)
             why = f"its last {failed} passes failed; kbsync runs --policy {policy}" if failed >= most else ""
             yield Check(f"policy {policy}", not why, why)

@@ -1,6 +1,6 @@
 """The HTTP server inside the daemon: uvicorn in a thread of its own, without signal handlers.
 
-with serving(workspace, ledger, pulse, lambda: catalog) as address:
+with serving(ledger, pulse, lambda: catalog) as address:
     ...                             # http://127.0.0.1:8765, or None where `server:` is absent
 """
 
@@ -77,19 +77,20 @@ def _end(guest: socket.socket) -> None:
 
 
 @contextmanager
-def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse, catalog: Callable[[], Catalog]) -> Iterator[str | None]:
+def serving(ledger: Ledger, pulse: Pulse, catalog: Callable[[], Catalog]) -> Iterator[str | None]:
     """Answer HTTP for the time of the block; its address, which is also in the log and the ledger's `heartbeat`.
-    `catalog`: gives the sources and policies that are in force.
+    `catalog`: gives the settings, sources and policies that are in force; `server:` itself is looked at once.
 
     Raises ConfigError where the token, the certificate or the address cannot be used, StoreError where a token cannot
     be made.
     """
+    workspace = catalog().workspace
     settings = workspace.settings.server
     if settings is None:
         yield None
         return
 
-    health = Health(workspace, ledger, pulse, catalog)
+    health = Health(ledger, pulse, catalog)
 
     async def beat() -> None:
         pulse.beat("server")
@@ -97,7 +98,7 @@ def serving(workspace: Workspace, ledger: Ledger, pulse: Pulse, catalog: Callabl
     def checks() -> dict[str, bool]:
         return {check.name: check.ok for check in health.ready()}
 
-    exposition = Exposition(workspace, ledger, catalog, checks=checks)
+    exposition = Exposition(ledger, catalog, checks=checks)
     app = make_app(settings, read_token(workspace), health, exposition)
     config = uvicorn.Config(
         app,
