@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kbsync.cli.status import lasting
 from kbsync.disk import Disk, read_disk
 from tests.ledgers import MODEL
 from tests.test_retention import line
@@ -28,6 +29,14 @@ def test_a_disk_that_lasts_for_less_than_fourteen_days_is_warned_of() -> None:
     assert disk(139_000_000, 1e7).warnings() == [
         "disk: 139 MB free, full in 14 days at 10.0 MB a day; kbsync gc frees 5 MB"
     ]
+
+
+@pytest.mark.parametrize(
+    ("days", "said"),
+    [(1.2, "1 day"), (3652.0, "3,652 days"), (3653.0, "more than ten years"), (9e9, "more than ten years")],
+)
+def test_how_long_it_lasts_is_said_in_words_that_help(days: float, said: str) -> None:
+    assert lasting(days) == said
 
 
 def test_a_disk_that_gets_no_fuller_lasts_for_ever() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kbsync.disk import Disk
     from kbsync.ledger import Ledger, ModelRow, Reader
 
-__all__ = ["app"]
+__all__ = ["app", "lasting"]
 
 app = typer.Typer()
 
@@ -141,10 +141,15 @@ def _say_capacity(found: Mapping[str, Any] | None) -> None:
         say(f"  [yellow]{escape(warning)}[/]")
 
 
+def lasting(days: float) -> str:
+    """For how long, in words: nobody plans by the day what comes in decades."""
+    return "more than ten years" if days > 3652 else counted(round(days), "day")
+
+
 def _say_disk(found: Mapping[str, Any]) -> None:
     sizes = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in found["sizes"].items())
     days, rate = found["days_left"], sum(found["growth"].values()) / 1e6
-    lasts = f", lasts {min(days, 36500):,.0f} days at {rate:.2f} MB a day" if days is not None else ""
+    lasts = f", lasts {lasting(days)} at {rate:.2f} MB a day" if days is not None else ""
     say(f"disk: {found['free'] / 1e9:.1f} GB free{lasts}")
     fact = f"; a fact takes {found['fact'] / 1000:.1f} kB" if found["fact"] else ""
     frees = f"; kbsync gc frees {found['reclaimable'] / 1e6:.1f} MB" if found["reclaimable"] else ""

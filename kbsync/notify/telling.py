@@ -38,7 +38,7 @@ def tell_end(db: Writer, policy: str, run_id: int, status: str, message: str, fa
     if status in ("done", "postponed", "rejected"):
         db.recovered(f"held {policy}", f"no run of policy {policy} waits for approval", **about)
     if status == "done":
-        db.recovered(f"rejected {policy}", f"the gate let a version of policy {policy} pass", **about)
+        db.recovered(f"rejected {policy}", f"a pass of policy {policy} ended without a rejection", **about)
 
 
 def tell_refused(db: Writer, policy: str, run_id: int) -> None:
