@@ -30,6 +30,7 @@ from kbsync.config import Workspace
 from kbsync.errors import ConfigError
 from kbsync.ledger import Ledger
 from kbsync.lock import writer_lock
+from kbsync.metrics import Exposition
 from kbsync.pulse import Pulse
 from kbsync.web import server as server_module
 from kbsync.web.server import serving
@@ -282,7 +283,7 @@ def trusting(folder: Path) -> ssl.SSLContext:
 
 @pytest.mark.parametrize("tls", ["", TLS], ids=["plain", "tls"])
 def test_a_connection_that_says_nothing_is_ended(tls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "LIFETIME", 1.0)
+    monkeypatch.setattr(server_module, "LIFETIME", 5.0)
     certificate(tmp_path)
     with running(tmp_path, f"port: 0{tls}") as up:
         url = httpx.URL(up.address)
@@ -290,6 +291,7 @@ def test_a_connection_that_says_nothing_is_ended(tls: str, tmp_path: Path, monke
         with trusting(tmp_path).wrap_socket(silent, server_hostname=url.host) if tls else silent as silent:
             silent.sendall(b"GET /livez HTTP/1.1\r\nHost: local")
             assert silent.recv(100) == b""
+        monkeypatch.undo()
         assert httpx.get(f"{up.address}/livez", verify=trusting(tmp_path), trust_env=False).status_code == 200
 
 
@@ -298,7 +300,7 @@ def test_silent_connections_take_few_descriptors_and_none_stays(
     tls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two hundred clients that say nothing, not even a TLS handshake: most are turned away at once."""
-    monkeypatch.setattr(server_module, "LIFETIME", 5.0)
+    monkeypatch.setattr(server_module, "LIFETIME", 10.0)
     certificate(tmp_path)
     with structlog.testing.capture_logs() as logs, running(tmp_path, f"port: 0{tls}") as up, ExitStack() as clients:
         url = httpx.URL(up.address)
@@ -309,6 +311,33 @@ def test_silent_connections_take_few_descriptors_and_none_stays(
         assert ended(made, 200) == 200
         assert httpx.get(f"{up.address}/livez", verify=trusting(tmp_path), trust_env=False).status_code == 200
     assert len([event for event in logs if event["event"] == "server_full"]) == 1
+
+
+@pytest.mark.parametrize("tls", ["", TLS], ids=["plain", "tls"])
+def test_an_answer_that_takes_longer_than_a_request_may_arrives(
+    tls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metrics of a ledger that has become large."""
+    monkeypatch.setattr(server_module, "LIFETIME", 3.0)
+
+    def slow(_: Exposition) -> bytes:
+        time.sleep(4)
+        return b"kbsync_facts 1\n"
+
+    monkeypatch.setattr(Exposition, "__call__", slow)
+    certificate(tmp_path)
+    with running(tmp_path, f"port: 0{tls}") as up:
+        assert up.get("/metrics", verify=trusting(tmp_path)).text == "kbsync_facts 1\n"
+
+
+def test_an_answer_that_is_never_found_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "ANSWER", 0.5)
+    found = threading.Event()
+    monkeypatch.setattr(Exposition, "__call__", lambda _: found.wait() and b"")
+    with running(tmp_path) as up:
+        with pytest.raises(httpx.RemoteProtocolError):
+            up.get("/metrics")
+        found.set()
 
 
 def descriptors() -> int:

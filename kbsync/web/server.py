@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kbsync.catalog import Catalog
 from kbsync.config import CONFIG, Workspace
@@ -35,39 +36,68 @@ __all__ = ["serving"]
 PATIENCE = 10.0
 """Seconds in which the server has to start and stop."""
 LIFETIME = 30.0
-"""Seconds that a connection lasts, whatever it does: handshake, request and answer."""
+"""Seconds that a connection has for its handshake and its request, and once more for taking the answer."""
+ANSWER = 600.0
+"""Seconds in which an answer has to be found: metrics of a large ledger take their time."""
 MOST_CONNECTIONS = 32
 
 log = structlog.get_logger()
 
 
 class _Door(socket.socket):
-    """A listening socket that lets in no more than MOST_CONNECTIONS at a time, each for LIFETIME: whoever can reach it
+    """A listening socket that lets in no more than MOST_CONNECTIONS at a time, none for ever: whoever can reach it
     cannot take the file descriptors that passes need. uvicorn and asyncio themselves accept without a limit, and wait
     for ever for a request, a minute for a TLS handshake."""
 
     def __init__(self, listener: socket.socket) -> None:
         super().__init__(listener.family, listener.type, listener.proto, listener.detach())
-        self._inside: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._inside: dict[tuple[str, int], tuple[socket.socket, asyncio.TimerHandle]] = {}
         self._silent_until = 0.0
 
     def accept(self) -> tuple[socket.socket, Any]:
         """The next connection. Raises ConnectionAbortedError, which asyncio expects, where it was one too many."""
         guest, address = super().accept()
-        for gone in [one for one in self._inside if one.fileno() == -1]:
-            self._inside.pop(gone).cancel()
+        for gone in [name for name, (one, _) in self._inside.items() if one.fileno() == -1]:
+            self._inside.pop(gone)[1].cancel()
         if len(self._inside) >= MOST_CONNECTIONS:
             guest.close()
             self._say_full()
             raise ConnectionAbortedError
-        self._inside[guest] = asyncio.get_running_loop().call_later(LIFETIME, _end, guest)
+        self._inside[address[:2]] = guest, _later(LIFETIME, guest)
         return guest, address
+
+    def attend(self, app: ASGIApp) -> ASGIApp:
+        """The application, with ANSWER for each of its answers: the request is whole when it is asked."""
+
+        async def attended(scope: Scope, receive: Receive, send: Send) -> None:
+            client = scope.get("client")
+
+            async def sending(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    self._give(client, LIFETIME)
+                await send(message)
+
+            self._give(client, ANSWER)
+            await app(scope, receive, sending)
+
+        return attended
+
+    def _give(self, client: tuple[str, int] | None, seconds: float) -> None:
+        """A connection ends in so many seconds from now."""
+        if client is not None and client in self._inside:
+            guest, end = self._inside[client]
+            end.cancel()
+            self._inside[client] = guest, _later(seconds, guest)
 
     def _say_full(self) -> None:
         """Once in a while: a flood of connections is to be no flood of lines."""
         if (now := time.monotonic()) >= self._silent_until:
             self._silent_until = now + 60
             log.warning("server_full", connections=MOST_CONNECTIONS)
+
+
+def _later(seconds: float, guest: socket.socket) -> asyncio.TimerHandle:
+    return asyncio.get_running_loop().call_later(seconds, _end, guest)
 
 
 def _end(guest: socket.socket) -> None:
@@ -100,25 +130,26 @@ def serving(ledger: Ledger, pulse: Pulse, catalog: Callable[[], Catalog]) -> Ite
 
     exposition = Exposition(ledger, catalog, checks=checks)
     app = make_app(settings, read_token(workspace), health, exposition)
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        headers=[("connection", "close")],
-        proxy_headers=False,
-        callback_notify=beat,
-        timeout_notify=int(BEAT),
-        limit_concurrency=MOST_CONNECTIONS + 1,  # of requests whose client has gone: the door counts connections
-        h11_max_incomplete_event_size=HEAD_BYTES,
-        timeout_graceful_shutdown=int(PATIENCE),
-        **_tls(workspace, settings),
-    )
+    tls = _tls(workspace, settings)
     with _listening(workspace, settings) as door:
+        config = uvicorn.Config(
+            door.attend(app),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            headers=[("connection", "close")],
+            proxy_headers=False,
+            callback_notify=beat,
+            timeout_notify=int(BEAT),
+            limit_concurrency=MOST_CONNECTIONS + 1,  # of requests whose client has gone: the door counts connections
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            timeout_graceful_shutdown=int(PATIENCE),
+            **tls,
+        )
         host, port = door.getsockname()[:2]
         address = f"{'http' if settings.tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
         server = uvicorn.Server(config)
