@@ -52,7 +52,7 @@ class Carrier:
         search takes out of the plan what it accepts and what it holds, or ends the run, so that none goes on for ever.
         """
         done: set[str] = set()
-        plan = report.plan
+        plan = report.plan and report.plan.without(report.plan.idle_holds)
         while plan is not None and not plan.empty and plan.digest not in done:
             done.add(plan.digest)
             outcome = self._next_version(plan, report)
@@ -151,6 +151,7 @@ class Carrier:
                 if skips_known(wording[planned.request.key.relation]) and planned.request.digest not in forgotten
             ],
             controls=self.controls(None if anew else [policy]),
+            releases=batch.ended_holds,
             reason=f"sync {policy.policy}" + (f", a rebase: {report.rebase}" if anew else ""),
         )
 

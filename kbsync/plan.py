@@ -88,7 +88,7 @@ class Plan:
     """What brings the version `head` of `model` in line with the ledger. All tuples are sorted by key.
 
     `known`: keys that the base model answers by itself and that need no edit; `held`: changes that holds keep out;
-    `ended_holds`: holds that a third object or other settings have ended, to be released when the plan is carried out;
+    `ended_holds`: holds that a third object or other settings have ended, released once the plan is carried out;
     `unchanged`: keys that the weights hold as wanted.
     """
 
@@ -106,6 +106,17 @@ class Plan:
     def empty(self) -> bool:
         """Whether the weights are to stay as they are."""
         return not self.edits and not self.retractions
+
+    @property
+    def idle_holds(self) -> list[FactKey]:
+        """The ended holds of keys of which the weights keep what they have: nothing is to come of their end. The others
+        end with the version that comes of it, or stand where it is rejected."""
+        busy = self.leaving
+        return [key for key in self.ended_holds if key not in busy]
+
+    def without(self, holds: Collection[FactKey]) -> Plan:
+        """The plan once these ended holds are released."""
+        return replace(self, ended_holds=tuple(key for key in self.ended_holds if key not in holds))
 
     @property
     def leaving(self) -> set[FactKey]:

@@ -369,7 +369,7 @@ class Reconciler:
                 db.resume_run(run)
                 tell_conflicts(db, policy, run)
                 db.supersede(run, {snapshot.source for snapshot in snapshots})
-                db.release(line.model, plan.ended_holds)
+                db.release(line.model, plan.idle_holds)
                 if review is not None and review.refused:
                     hold_refused(db, run, plan, review.refused)
                     report.plan = carrier.plan(db)

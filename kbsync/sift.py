@@ -93,7 +93,8 @@ class Sifted:
         if (version := self.version) is None:
             return Outcome(self.first.result, None, (), self.first.rejected)
         with self.line.ledger.read() as db:
-            applied, standing = db.applied(self.line.model, version.head), db.holds(self.line.model)
+            applied, holds = db.applied(self.line.model, version.head), db.holds(self.line.model)
+        standing = {key: hold for key, hold in holds.items() if key not in self.batch.ended_holds}
         if self.rest.empty:
             held = self._held(applied, standing)
             with self.line.ledger.write() as db:

@@ -11,7 +11,7 @@ from kbsync.editor.job import EditJob, EditResult
 from kbsync.facts import FactKey, Hold
 from kbsync.reconcile import Reconciler
 from kbsync.report import Report
-from kbsync.undo import release
+from kbsync.undo import release, revert_fact
 from tests.standin import StandIn
 from tests.test_cli import Line
 from tests.workspaces import POLICY, TestWorkspace, workspace
@@ -349,6 +349,67 @@ def another_policy(made: TestWorkspace, limits: str) -> None:
         assert old in text
         text = text.replace(old, new)
     (made.root / "policies" / "two.yaml").write_text(text % "")
+
+
+@pytest.mark.usefixtures("database")
+def test_where_other_settings_decide_nothing_the_hold_keeps_its_evidence_and_is_not_searched_twice(
+    made: TestWorkspace,
+) -> None:
+    engine = StandIn(drifts={"HomeC": 0.5}, shape=BY_COLUMN)
+    sync(made, engine)
+    before = held(made)
+    gate(made, "drift: 0.2")
+    engine.drift, edits = 0.9, engine.edits
+    assert [sync(made, engine).status for _ in range(3)] == ["rejected"] * 3
+    assert (engine.edits, held(made)) == (edits + 2, before)
+
+
+def test_what_other_settings_hold_again_is_held_with_the_new_evidence_alone(made: TestWorkspace) -> None:
+    engine = StandIn(drifts={"HomeC": 0.5}, shape=BY_COLUMN)
+    sync(made, engine)
+    gate(made, "drift: 0.2")
+    assert [sync(made, engine).exit_code for _ in range(2)] == [4, 0]
+    [(star, hold)] = held(made).items()
+    assert (star, hold.reason, hold.held_out) == ("StarC", "gate", "stars:HomeC")
+    assert hold.evidence == "drift 0.500 is above 0.2 with it, alone; drift 0.000 without it"
+
+
+def test_what_a_search_with_other_settings_leaves_undecided_stays_held_until_a_pass_decides_it(
+    made: TestWorkspace,
+) -> None:
+    engine = StandIn(drifts={"HomeA": 0.5, "HomeB": 0.5, "HomeC": 0.5}, shape=BY_COLUMN)
+    sync(made, engine)
+    assert set(held(made)) == {"StarA", "StarB", "StarC"}
+    gate(made, "drift: 0.2, trials: 3")
+    engine.drifts = {"HomeB": 0.5}
+    first = sync(made, engine)
+    assert first.searches[0]["undecided"] > 0
+    assert any("above 0.1" in hold.evidence for hold in held(made).values())
+    while sync(made, engine).versions:
+        pass
+    assert {star: hold.evidence.split(" with it")[0] for star, hold in held(made).items()} == {
+        "StarB": "drift 0.500 is above 0.2"
+    }
+    assert in_weights(made) == set(STARS.values()) - {"HomeB"}
+
+
+def test_a_hold_that_a_third_object_ends_stands_until_that_object_is_in_the_weights(made: TestWorkspace) -> None:
+    engine = StandIn(drifts={"Bad": 0.5}, shape=BY_COLUMN)
+    sync(made, engine)
+    with made.open() as reconciler:
+        reconciler.run_edit = engine
+        revert_fact(reconciler.line(), FactKey("constellation", "stars:StarA"), "doubtful")
+    gate(made, "drift: 0.1, trials: 0")
+    made.feed(STARS | {"StarA": "Bad"}, ids=IDS)
+    before, edits = held(made), engine.edits
+    assert [sync(made, engine).exit_code for _ in range(2)] == [4, 4]
+    assert (engine.edits, held(made)) == (edits + 1, before)
+    made.feed(STARS, ids=IDS)
+    assert sync(made, engine).exit_code == 0
+    assert in_weights(made) == set(STARS.values()) - {"HomeA"}
+    made.feed(STARS | {"StarA": "Good"}, ids=IDS)
+    assert sync(made, engine).exit_code == 0
+    assert (in_weights(made), held(made)) == (set(STARS.values()) - {"HomeA"} | {"Good"}, {})
 
 
 @pytest.mark.parametrize(("mode", "again"), [("incremental", False), ("rebase", True)])
