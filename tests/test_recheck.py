@@ -204,7 +204,7 @@ def test_a_question_during_which_head_moves_records_nothing(life: Life) -> None:
         with pytest.raises(Cancelled, match="HEAD moved from version 1 to 0"):
             reconciler.recheck(everything=True)
         with reconciler.ledger.read() as db:
-            assert db.fact_checks(reconciler.line().model) == []
+            assert db.decay(reconciler.line().model) == []
 
 
 def test_the_daemons_chore_asks_within_the_edit_window(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:

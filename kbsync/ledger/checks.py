@@ -25,11 +25,6 @@ _check = schema.fact_check
 class CheckReader(VersionReader):
     """Questions about checks of facts."""
 
-    def fact_checks(self, model: str, keys: Collection[FactKey] | None = None) -> list[FactCheck]:
-        """The checks of a model's facts, newest first; `keys`: of these alone."""
-        found = self._checks(select(_check).where(_check.c.model == model).order_by(_check.c.id.desc()))
-        return found if keys is None else [check for check in found if check.key in keys]
-
     def standings(self, model: str, head: int) -> list[Standing]:
         """What version `head` holds, by key, with the newest check of each fact. It counts where it was of the same
         column, in `head` or a version that it was made on: what a rollback has taken out says nothing.
