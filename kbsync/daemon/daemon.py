@@ -341,7 +341,7 @@ class Daemon:
         with suppress(Busy), self._doing(f"pass of {name}"):
             if name not in self._catalog.policies:
                 return
-            self._timetable.look_ahead(name)
+            self._timetable.begun(name)
             try:
                 reports = self._reconciler(USER, self._work.progress).sync([name], trigger=SCHEDULED)
                 for report in reports:

@@ -6,6 +6,8 @@ which learns when each policy is due next as soon as that changes.
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -28,6 +30,8 @@ __all__ = ["Planned", "Timetable"]
 
 UNFINISHED = ("failed", "cancelled")
 """How a pass ended that the next start begins again at once."""
+AGAIN = ", again"
+"""What the job of a pass that begins again has after the policy's name."""
 EVENTS = {
     EVENT_JOB_ERROR: "job_error",
     EVENT_JOB_MISSED: "job_missed",
@@ -48,7 +52,11 @@ class Planned:
 
 class Timetable:
     """Begins passes by `begin(policy)` and chores by `do(chore)`, in threads of its own, and calls `beat` as long as it
-    lives. `tell(kind, job, problem)` hears what could not be begun."""
+    lives. `tell(kind, job, problem)` hears what could not be begun.
+
+    A pass waits for its turn in `begin` and says by `begun` that it has come. What is due meanwhile is the same pass;
+    what is due after that is another one, which follows at once.
+    """
 
     def __init__(
         self,
@@ -60,6 +68,10 @@ class Timetable:
     ) -> None:
         self.due: dict[str, datetime] = {}
         """When each policy is due: the scheduler itself may hang, with its lock held, while the main loop asks."""
+        self._under_way: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        self._waiting: set[str] = set()
+        """Policies whose pass has not had its turn yet."""
         self._ledger = ledger
         self._begin = begin
         self._do = do
@@ -88,28 +100,32 @@ class Timetable:
         self._scheduler.shutdown(wait=False)
 
     def plan(self, policies: Mapping[str, Policy]) -> dict[str, Planned]:
-        """The passes of these policies; nothing changes yet. Due now is one that never ran, one that is overdue by the
-        ledger, and one whose last pass was interrupted, put back or failed. Raises LedgerError and Busy."""
+        """The passes of these policies; nothing changes yet. Due now, unless a pass is under way, is a policy that
+        never ran, one that is overdue by the ledger, and one whose last pass was interrupted, put back or failed.
+        Raises LedgerError and Busy."""
         now, planned = datetime.now(UTC), {}
         for name, policy in policies.items():
             with self._ledger.read() as db:
                 state = db.schedule_state(name)
                 latest = db.runs(1, policy=name)
-            unfinished = bool(latest) and latest[0].status in UNFINISHED
-            due = self.due.get(name, state.next_due)
-            first = now if unfinished else next_due(policy.schedule, state.last_started, now, due)
+            last, due = state.last_started, self.due.get(name, state.next_due)
+            if self._under_way[name]:
+                last = now
+            elif latest and latest[0].status in UNFINISHED:
+                last = None
+            first = next_due(policy.schedule, last, now, due)
             planned[name] = Planned(trigger(policy.schedule), first, first == state.next_due)
         return planned
 
     def set_passes(self, planned: Mapping[str, Planned]) -> None:
         """Passes are these, and no others."""
         for job in self._scheduler.get_jobs():
-            if job.func == self._begin and job.id not in planned:
+            if job.func == self._run and job.args[0] not in planned:
                 job.remove()
         for name, passes in planned.items():
             self.due[name] = passes.first
             self._scheduler.add_job(
-                self._begin,
+                self._run,
                 passes.times,
                 args=[name],
                 id=name,
@@ -133,11 +149,16 @@ class Timetable:
                 replace_existing=True,
             )
 
-    def again(self, name: str) -> None:
+    def again(self, name: str, seconds: float = 1.0) -> None:
         """A pass begins again in a second, after the command that cancelled it. A job of its own: the policy's job
         would be skipped while it is still ending."""
-        soon = datetime.now(UTC) + timedelta(seconds=1)
-        self._scheduler.add_job(self._begin, "date", [name], run_date=soon, id=f"{name}, again", replace_existing=True)
+        soon = datetime.now(UTC) + timedelta(seconds=seconds)
+        self._scheduler.add_job(self._run, "date", [name], run_date=soon, id=name + AGAIN, replace_existing=True)
+
+    def begun(self, name: str) -> None:
+        """The turn of the policy's pass has come."""
+        self._waiting.discard(name)
+        self.look_ahead(name)
 
     def look_ahead(self, name: str) -> None:
         """When the scheduler will begin the policy's next pass."""
@@ -154,6 +175,23 @@ class Timetable:
         except KbsyncError as error:
             log.error("not_noted", problem=error.message, hint=error.hint)
 
+    def _run(self, name: str) -> None:
+        with self._counting:
+            self._under_way[name] += 1
+        self._waiting.add(name)
+        try:
+            self._begin(name)
+        finally:
+            self._waiting.discard(name)
+            with self._counting:
+                self._under_way[name] -= 1
+
     def _hear(self, event: JobEvent) -> None:
+        name = event.job_id.removesuffix(AGAIN)
+        if event.code == EVENT_JOB_MAX_INSTANCES and name in self.due:
+            if name not in self._waiting:
+                # At once, to wait for its turn; but in a second where the job for that is itself still ending.
+                self.again(name, 0.0 if name == event.job_id else 1.0)
+            return
         error = getattr(event, "exception", None)
         self._tell(EVENTS[event.code], event.job_id, place_of(error) if error else "")
