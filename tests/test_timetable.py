@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Passes:
     """A timetable of the policy sky, hourly, whose passes get their turn and end when they are told to."""
 
     def __init__(self, catalog: Catalog, ledger: Ledger) -> None:
-        self.catalog = catalog
+        self.catalog, self.ledger = catalog, ledger
         self.told: list[str] = []
         self.began, self.ended = 0, 0
         self._one = threading.Lock()
@@ -98,6 +99,23 @@ def test_a_pass_that_is_due_while_it_waits_for_its_turn_is_one_pass(passes: Pass
     until(lambda: passes.ended == 1)
     time.sleep(1.5)
     assert (passes.began, passes.told) == (1, [])
+
+
+def test_a_clock_that_jumps_does_not_begin_a_pass_again_that_has_failed(passes: Passes) -> None:
+    """As a start and SIGHUP do."""
+    passes.turn.set()
+    passes.may_end.set()
+    until(lambda: passes.ended == 1)
+    with passes.ledger.write() as db:
+        run = db.start_run("sky", model=None, trigger="schedule", user="daemon")
+        db.set_schedule_state(replace(db.schedule_state("sky"), last_started=db.now))
+        db.finish_run(run, "failed", "the source is away")
+    hence = {
+        anew: passes.timetable.plan(passes.catalog.policies, anew=anew)["sky"].first - datetime.now(UTC)
+        for anew in (True, False)
+    }
+    assert hence[True] <= timedelta(0)
+    assert hence[False] > timedelta(minutes=50)
 
 
 def test_a_policy_whose_pass_is_under_way_is_not_due(passes: Passes) -> None:

@@ -207,7 +207,7 @@ class Daemon:
         with self._scheduling:
             self._timetable.set_chores((*CHORES, delivery(self._outbox)))
             try:
-                self._timetable.set_passes(self._timetable.plan(self._catalog.policies))
+                self._timetable.set_passes(self._timetable.plan(self._catalog.policies, anew=False))
             except KbsyncError as error:
                 log.error("not_rescheduled", problem=error.message, hint=error.hint)
 
@@ -349,9 +349,8 @@ class Daemon:
                         raise report.problems[0]
             except Cancelled as error:
                 log.info("pass_put_back", policy=name, reason=error.message)
-                if (
-                    self._stalled is None and not self._turns.stopping.is_set()
-                ):  # what stalled may stall again: it waits for its next time
+                # What stalled may stall again: it waits for its next time.
+                if self._stalled is None and not self._turns.stopping.is_set():
                     self._timetable.again(name)
             except KbsyncError as error:
                 log.error("pass_failed", policy=name, problem=error.message, hint=error.hint)

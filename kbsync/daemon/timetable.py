@@ -29,7 +29,7 @@ from kbsync.schedule import Cron, Every, next_due, trigger
 __all__ = ["Planned", "Timetable"]
 
 UNFINISHED = ("failed", "cancelled")
-"""How a pass ended that the next start begins again at once."""
+"""How a pass ended that the next start, or a reload, begins again at once."""
 AGAIN = ", again"
 """What the job of a pass that begins again has after the policy's name."""
 EVENTS = {
@@ -99,10 +99,10 @@ class Timetable:
         """Begin nothing more; what runs goes on."""
         self._scheduler.shutdown(wait=False)
 
-    def plan(self, policies: Mapping[str, Policy]) -> dict[str, Planned]:
+    def plan(self, policies: Mapping[str, Policy], *, anew: bool = True) -> dict[str, Planned]:
         """The passes of these policies; nothing changes yet. Due now, unless a pass is under way, is a policy that
-        never ran, one that is overdue by the ledger, and one whose last pass was interrupted, put back or failed.
-        Raises LedgerError and Busy."""
+        never ran, one that is overdue by the ledger, and with `anew` one whose last pass was interrupted, put back or
+        failed. Raises LedgerError and Busy."""
         now, planned = datetime.now(UTC), {}
         for name, policy in policies.items():
             with self._ledger.read() as db:
@@ -111,7 +111,7 @@ class Timetable:
             last, due = state.last_started, self.due.get(name, state.next_due)
             if self._under_way[name]:
                 last = now
-            elif latest and latest[0].status in UNFINISHED:
+            elif anew and latest and latest[0].status in UNFINISHED:
                 last = None
             first = next_due(policy.schedule, last, now, due)
             planned[name] = Planned(trigger(policy.schedule), first, first == state.next_due)
