@@ -42,6 +42,7 @@ class Passes:
 
     def due(self) -> None:
         """The next pass is due now, and the scheduler has found that."""
+        self.timetable.look_ahead("sky")
         planned, now = self.timetable.plan(self.catalog.policies)["sky"], datetime.now(UTC)
         self.timetable.set_passes({"sky": Planned(planned.times, now, noted=True)})
         until(lambda: self._due() > now)
@@ -99,6 +100,18 @@ def test_a_pass_that_is_due_while_it_waits_for_its_turn_is_one_pass(passes: Pass
     until(lambda: passes.ended == 1)
     time.sleep(1.5)
     assert (passes.began, passes.told) == (1, [])
+
+
+def test_a_pass_that_was_begun_since_the_passes_were_planned_is_not_begun_twice(passes: Passes) -> None:
+    """The scheduler has given it to a thread, which has done nothing yet."""
+    planned = passes.timetable.plan(passes.catalog.policies)["sky"]
+    passes.timetable.set_passes({"sky": Planned(planned.times, datetime.now(UTC), noted=True)})
+    passes.turn.set()
+    passes.may_end.set()
+    until(lambda: passes.ended == 1)
+    time.sleep(1.5)
+    assert (passes.began, passes.told) == (1, [])
+    assert passes.timetable.due["sky"] > datetime.now(UTC) + timedelta(minutes=50)
 
 
 def test_a_clock_that_jumps_does_not_begin_a_pass_again_that_has_failed(passes: Passes) -> None:

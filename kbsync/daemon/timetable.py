@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -17,6 +18,7 @@ from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MAX_INSTANCES, EVENT_J
 from apscheduler.executors.debug import DebugExecutor
 from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.jobstores.memory import MemoryJobStore
+from apscheduler.schedulers import SchedulerNotRunningError
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from kbsync.daemon.chores import Chore
@@ -118,20 +120,26 @@ class Timetable:
         return planned
 
     def set_passes(self, planned: Mapping[str, Planned]) -> None:
-        """Passes are these, and no others."""
-        for job in self._scheduler.get_jobs():
-            if job.func == self._run and job.args[0] not in planned:
-                job.remove()
-        for name, passes in planned.items():
-            self.due[name] = passes.first
-            self._scheduler.add_job(
-                self._run,
-                passes.times,
-                args=[name],
-                id=name,
-                replace_existing=True,
-                next_run_time=passes.first,
-            )
+        """Passes are these, and no others. One that the scheduler has begun since they were planned is not due twice:
+        the scheduler and who minds the clock may both find that it is time."""
+        now = datetime.now(UTC)
+        with self._nothing_begins():
+            for job in self._scheduler.get_jobs():
+                if job.func == self._run and job.args[0] not in planned:
+                    job.remove()
+            for name, passes in planned.items():
+                job = self._scheduler.get_job(name)
+                begun = job is not None and name in self.due and job.next_run_time > self.due[name]
+                following = passes.times.get_next_fire_time(now, now) if begun else None
+                self.due[name] = first = following or passes.first
+                self._scheduler.add_job(
+                    self._run,
+                    passes.times,
+                    args=[name],
+                    id=name,
+                    replace_existing=True,
+                    next_run_time=first,
+                )
         if changed := [name for name, passes in planned.items() if not passes.noted]:
             self.note(*changed)
 
@@ -174,6 +182,17 @@ class Timetable:
                     db.set_schedule_state(replace(db.schedule_state(name), next_due=self.due.get(name)))
         except KbsyncError as error:
             log.error("not_noted", problem=error.message, hint=error.hint)
+
+    @contextmanager
+    def _nothing_begins(self) -> Iterator[None]:
+        """What the scheduler is about to begin is begun by now, or after the block."""
+        with suppress(SchedulerNotRunningError):  # before the start and after the end
+            self._scheduler.pause()
+        try:
+            yield
+        finally:
+            with suppress(SchedulerNotRunningError):
+                self._scheduler.resume()
 
     def _run(self, name: str) -> None:
         with self._counting:
