@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kbsync.connectors import Connector, make_connector
@@ -86,6 +86,7 @@ def said(ledger: Ledger, name: str) -> set[tuple[str, str, str, str]]:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(days=DAYS)
+@example(days=[[], [], [("delete", "Q1", None)], [("set", "Q1", 1)]])
 def test_increments_and_a_complete_snapshot_now_and_then_come_to_the_same(
     server: Oxigraph, tmp_path: Path, days: list[list[tuple[str, str, object]]]
 ) -> None:

@@ -186,10 +186,11 @@ def _changed(
     subjects = _iris(endpoint, rows)
     known = [] if since is None or whole else [since.modified]
     # Never later than what the servers have shown: their clock and their lag are theirs. A date in the future would
-    # hide all changes until then.
-    newest = min(max([*times, *known], default=now), now)
-    cursor = _Cursor(newest, now if since is None or whole else since.complete)
-    return Said(_rows_of(endpoint, parts, subjects), None if whole else subjects, str(cursor))
+    # hide all changes until then. Where they have shown nothing, the next fetch is whole, too.
+    newest = max([*times, *known], default=None)
+    complete = now if since is None or whole else since.complete
+    cursor = None if newest is None else str(_Cursor(min(newest, now), complete))
+    return Said(_rows_of(endpoint, parts, subjects), None if whole else subjects, cursor)
 
 
 def _subjects(endpoint: Endpoint, queries: Sequence[str]) -> tuple[str, ...]:
