@@ -118,7 +118,7 @@ def test_increments_and_a_complete_snapshot_now_and_then_come_to_the_same(
         with ledger.read() as db:
             last = db.last_accepted("parts")
         assert last is not None
-        assert last.cursor is not None
+        assert (last.cursor is not None) == bool(world.states)  # where there is nothing, all is asked for again
 
 
 def test_a_failed_or_undone_run_does_not_move_the_cursor(server: Oxigraph, tmp_path: Path) -> None:
