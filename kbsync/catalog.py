@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from kbsync.config import Workspace
 from kbsync.documents import Document, KeyPath, nearest, read_document
 from kbsync.errors import UsageError
-from kbsync.policy import Policy, Relation, Schedule, Seconds, Source
+from kbsync.policy import Gate, Policy, Relation, Schedule, Seconds, Source
 from kbsync.references import open_to_others
 from kbsync.schedule import trigger
 
@@ -59,6 +59,11 @@ class Catalog:
     def relations(self) -> frozenset[str]:
         """Every relation that some policy keeps, the inverse ones too."""
         return frozenset(name for policy in self.policies.values() for name in policy.wording())
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        """Each policy's gate."""
+        return {name: policy.gate for name, policy in self.policies.items()}
 
     def policy_of(self, relation: str) -> Policy:
         """The one policy that keeps `relation` (an inverse one, too). Raises UsageError where there is none."""

@@ -44,5 +44,4 @@ def terms_now(workspace: Workspace, catalog: Catalog, model: str) -> Terms | Non
         preset = workspace.preset(model)
     except KbsyncError:
         return None
-    gates = {name: policy.gate for name, policy in catalog.policies.items()}
-    return Terms(preset.digest, workspace.settings.strategy.model_dump(mode="json"), gates)
+    return Terms(preset.digest, workspace.settings.strategy.model_dump(mode="json"), catalog.gates)

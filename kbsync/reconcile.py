@@ -109,7 +109,7 @@ class Reconciler:
         line = Line.open(workspace or self.workspace, self.ledger, user=self.user)
         line.progress, line.cancelled, line.run_edit = self.progress, self.cancelled, self.run_edit
         line.watched = lambda db: self._watched(db, line)
-        line.gates = {name: policy.gate for name, policy in self.catalog.policies.items()}
+        line.gates = self.catalog.gates
         return line
 
     def judge(self, probe: Mapping[str, Any], requests: Sequence[EditRequest]) -> list[str]:

@@ -95,14 +95,19 @@ def test_all_probes_have_to_hold(synced: TestWorkspace, capsys: pytest.CaptureFi
     assert (result["good"], result["bad"]) == (2, 3)
 
 
+def without_manifest(synced: TestWorkspace, version: int, folder: Path) -> TestWorkspace:
+    """A copy in which this version cannot be put together."""
+    shutil.copytree(synced.root, folder / "copy")
+    [manifest] = (folder / "copy" / "data" / "versions").glob(f"*/{version:06}.json")
+    manifest.unlink()
+    return TestWorkspace(folder / "copy")
+
+
 def test_a_version_that_cannot_be_put_together_is_skipped(
     synced: TestWorkspace, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """The search says that it may be the one."""
-    shutil.copytree(synced.root, tmp_path / "copy")
-    [manifest] = (tmp_path / "copy" / "data" / "versions").glob("*/000003.json")
-    manifest.unlink()
-    copy = TestWorkspace(tmp_path / "copy")
+    copy = without_manifest(synced, 3, tmp_path)
     result = found(copy, capsys, "--probe", PROBE)
     assert (result["good"], result["bad"], result["skipped"]) == (2, 4, [3])
     assert {row["subject"] for row in result["facts"]} == {"Vega", "Deneb", "Sirius"}
@@ -114,10 +119,7 @@ def test_a_version_that_cannot_be_put_together_is_skipped(
 def test_a_good_version_that_cannot_be_put_together_is_not_called_wrong(
     synced: TestWorkspace, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    shutil.copytree(synced.root, tmp_path / "copy")
-    [manifest] = (tmp_path / "copy" / "data" / "versions").glob("*/000002.json")
-    manifest.unlink()
-    text = run(TestWorkspace(tmp_path / "copy"), capsys, "--probe", PROBE, "--good", "2", code=2)
+    text = run(without_manifest(synced, 2, tmp_path), capsys, "--probe", PROBE, "--good", "2", code=2)
     assert "version 2 cannot be asked: " in text
     assert "hint: another --good" in text
 

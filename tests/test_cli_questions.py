@@ -7,12 +7,15 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, event
 
 from kbsync.facts import Conflict
+from kbsync.ledger import Ledger
 from kbsync.versions.manifest import ActiveDelta
 from tests.ledgers import Clock, applied, claim, decide, facts, key, opened, register, snapshot, sync, version
 from tests.test_cli import Line
@@ -85,6 +88,18 @@ def test_what_was_true_then_is_a_page_and_a_count_of_claims(line: Line) -> None:
     assert len(line.json("facts", "--valid-at", "2020")) == 60
 
 
+@contextmanager
+def many(root: Path) -> Iterator[Ledger]:
+    """The ledger of a workspace with three thousand facts: more than a pipe takes."""
+    (root / "kbsync.yaml").write_text("model: smollm2-135m\n")
+    (root / "data").mkdir()
+    names = {f"S{number:04}": "Lyra" for number in range(3000)}
+    with opened(root / "data") as ledger:
+        sync(ledger, snapshot(*(claim(name, place) for name, place in names.items())))
+        decide(ledger, facts(**names))
+        yield ledger
+
+
 @pytest.mark.parametrize(
     "asked",
     [("--csv",), ("--json",), ("--ntriples",), ("--limit", "0"), ("--valid-at", "2020", "--csv")],
@@ -92,12 +107,8 @@ def test_what_was_true_then_is_a_page_and_a_count_of_claims(line: Line) -> None:
 )
 def test_a_reader_that_has_enough_ends_a_long_answer_quietly(asked: tuple[str, ...], tmp_path: Path) -> None:
     """As `kbsync facts … | head -1` does: no traceback, no log, and the exit code of a closed pipe."""
-    (tmp_path / "kbsync.yaml").write_text("model: smollm2-135m\n")
-    (tmp_path / "data").mkdir()
-    names = {f"S{number:04}": "Lyra" for number in range(3000)}
-    with opened(tmp_path / "data") as ledger:
-        sync(ledger, snapshot(*(claim(name, place) for name, place in names.items())))
-        decide(ledger, facts(**names))
+    with many(tmp_path):
+        pass
     command = [sys.executable, "-m", "kbsync", "facts", *asked, "--workspace", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout
@@ -109,13 +120,8 @@ def test_a_reader_that_has_enough_ends_a_long_answer_quietly(asked: tuple[str, .
 
 
 def test_who_reads_an_export_slowly_keeps_no_writer_waiting(tmp_path: Path) -> None:
-    """More than a pipe takes: the command waits for its reader, and no longer reads the ledger."""
-    (tmp_path / "kbsync.yaml").write_text("model: smollm2-135m\n")
-    (tmp_path / "data").mkdir()
-    names = {f"S{number:04}": "Lyra" for number in range(3000)}
-    with opened(tmp_path / "data") as ledger:
-        sync(ledger, snapshot(*(claim(name, place) for name, place in names.items())))
-        decide(ledger, facts(**names))
+    """The command waits for its reader, and no longer reads the ledger."""
+    with many(tmp_path) as ledger:
         command = [sys.executable, "-m", "kbsync", "facts", "--json", "--workspace", str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
             assert running.stdout
